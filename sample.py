@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from data import Progress, UserError, as_bytes, atomic_write, command_line, noise_estimate, save_grid, sha256_of
-from unet import at, expand, load_model, start_processes
+from unet import at, expand, in_bfloat16, load_model, start_processes
 
 NOISE_BLOCK = 8         # steps of noise drawn at a time for one image: fewer, larger draws
 
@@ -160,14 +160,15 @@ def generate(args, attacker=None, extra=None):
               f"{'raw' if args.raw else 'EMA'} weights): {args.sampler}, {steps} steps, {process.world} process(es) on "
               f"{process.device.type}", flush=True)
     model, schedule, clamp = model.to(process.device), schedule.to(process.device), (data["low"], data["high"])
+    if args.amp:
+        model = in_bfloat16(model, process.device)
     todo = [k for k in range(process.rank, len(shards), process.world) if not shards.path(k).exists()]
     progress = Progress(sum(len(shards.indices(k)) for k in todo), "images", "sampling")
     for k in todo:
         indices = shards.indices(k)
         noise = image_noise(args.seed, indices, (config["network"]["in_channels"], size, size), process.device)
         attack = attacker and attacker(model, schedule, indices, variance, clamp)
-        with torch.autocast(process.device.type, torch.bfloat16, enabled=args.amp):
-            x_0 = sample(model, schedule, noise, args.sampler, variance, clamp, attack)
+        x_0 = sample(model, schedule, noise, args.sampler, variance, clamp, attack)
         x_0 = x_0.permute(0, 2, 3, 1).cpu().numpy()         # [B, H, W, C]
         shards.write(k, x_0 if data["float_data"] else as_bytes(x_0))
         progress.update(progress.done + len(x_0))

@@ -171,6 +171,16 @@ def test_timestep_embedding():
     assert torch.allclose(unet.timestep_embedding(torch.tensor([7]), 8), expected, atol=1e-6)
 
 
+def test_bfloat16_is_the_same_network_up_to_its_precision():
+    """Autocast touches the convolutions alone: near the float32 output, float32 itself, and gradients flow."""
+    network = randomised(UNet(size=8, **TINY))
+    x, t = torch.randn(2, 3, 8, 8, requires_grad=True), torch.tensor([3, 700])
+    out = unet.in_bfloat16(network, torch.device("cpu"))(x, t)
+    assert out.dtype == torch.float32 and 1e-6 < difference(out, network(x, t)) < 0.03
+    slope, = torch.autograd.grad(out.square().sum(), x)
+    assert difference(slope, torch.autograd.grad(network(x, t).square().sum(), x)[0]) < 0.1
+
+
 def test_presets_have_the_published_sizes():
     """Tensors and parameters of the CIFAR-10 network, fixed and learned variance, as improved-diffusion has them."""
     with torch.device("meta"):
@@ -663,13 +673,20 @@ def test_train_refuses(shapes, tmp_path, monkeypatch, argv, message):
     assert not list(tmp_path.iterdir())
 
 
-def test_train_refuses_another_command_on_the_same_folder(shapes, trained, monkeypatch):
+def test_train_refuses_another_command_on_the_same_folder(shapes, trained, tmp_path, monkeypatch):
     """Which setting differs is said; a finished run is left alone; a damaged checkpoint is never a fresh start."""
     with pytest.raises(UserError, match="method was adv and is now ran; lam was 0.3 and is now 0.1"):
         call(monkeypatch, train, *flags(shapes, trained, "--method", "ran", "--lam", 0.1))
     before = (trained / "checkpoint.pt").stat().st_mtime_ns
     call(monkeypatch, train, *flags(shapes, trained, "--steps", 4))
     assert (trained / "checkpoint.pt").stat().st_mtime_ns == before
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "checkpoint.pt").write_bytes((trained / "checkpoint.pt").read_bytes()[:-1000])
+    with pytest.raises(UserError, match="checkpoint.pt: damaged"):
+        call(monkeypatch, train, *flags(shapes, tmp_path / "run"))
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(UserError, match="--batch 8: is not a multiple of the 3 processes"):
+        call(monkeypatch, train, *flags(shapes, tmp_path / "other"))
 
 
 def test_errors_are_one_line(tmp_path):

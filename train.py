@@ -27,7 +27,8 @@ import torch.distributed as dist
 
 from data import Images, Progress, UserError, as_bytes, atomic_write, command_line, noise_estimate, save_grid, sha256_of
 from sample import generator, image_noise, sample, split_output, stream_seed
-from unet import PRESETS, Schedule, UNet, at, expand, load_checkpoint, network_of, save_checkpoint, start_processes
+from unet import (PRESETS, Schedule, UNet, at, expand, in_bfloat16, load_checkpoint, network_of, save_checkpoint,
+                  start_processes)
 
 GRID = 36               # images of a sample grid, made with 50 DDIM steps
 # What may change between two runs of the same training: how it is run and for how long, not what is learned.
@@ -149,6 +150,8 @@ class Trainer:
         torch.manual_seed(self.settings["seed"])                        # the same initial weights in every process
         self.model = UNet(**config["network"]).to(process.device, memory_format=torch.channels_last)
         self.network = torch.compile(self.model) if compile else self.model
+        if self.settings["amp"]:
+            self.network = in_bfloat16(self.network, process.device)
         self.parameters = list(self.model.parameters())
         self.ema = [p.detach().clone() for p in self.parameters]
         self.optimizer = torch.optim.AdamW(self.parameters, lr=self.settings["lr"], weight_decay=0.0, fused=True)
@@ -166,9 +169,8 @@ class Trainer:
                 torch.manual_seed(stream_seed(self.settings["seed"], self.step * self.settings["batch"] + rows.start))
             return self.network(x, t)
 
-        with torch.autocast(self.process.device.type, torch.bfloat16, enabled=self.settings["amp"]):
-            terms = training_loss(network, self.schedule, x_0, t, eps, beta, u, method, self.settings["lam"],
-                                  self.settings["lam_units"], self.settings["omega"], self.settings["gamma"])
+        terms = training_loss(network, self.schedule, x_0, t, eps, beta, u, method, self.settings["lam"],
+                              self.settings["lam_units"], self.settings["omega"], self.settings["gamma"])
         return {name: term.sum() / self.settings["batch"] for name, term in terms.items()}
 
     def noise(self, shape):

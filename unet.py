@@ -86,10 +86,11 @@ class GroupNorm(nn.GroupNorm):
         if scale is not None:
             scale, shift = 1 + scale.float()[:, None], shift.float()[:, None]
             weight, bias = weight * scale, torch.addcmul(shift, bias, scale)
-        if x.device.type == "cpu":
-            return _Normalise.apply(x.float(), weight, bias, self.num_groups, self.eps).to(x.dtype)
-        h = F.group_norm(x.float(), self.num_groups, None, None, self.eps)
-        return torch.addcmul(bias.transpose(1, 2)[..., None], h, weight.transpose(1, 2)[..., None]).to(x.dtype)
+        with torch.autocast(x.device.type, enabled=False):
+            if x.device.type == "cpu":
+                return _Normalise.apply(x.float(), weight, bias, self.num_groups, self.eps).to(x.dtype)
+            h = F.group_norm(x.float(), self.num_groups, None, None, self.eps)
+            return torch.addcmul(bias.transpose(1, 2)[..., None], h, weight.transpose(1, 2)[..., None]).to(x.dtype)
 
 
 def _zeroed(module):
@@ -245,6 +246,14 @@ class UNet(nn.Module):
         for layers in self.output_blocks:
             h = run(layers, torch.cat([h, skips.pop()], dim=1))
         return self.out(h).float()
+
+
+def in_bfloat16(network, device):
+    """The network under bfloat16 autocast: its forward passes alone, so that gradients, losses and sampler are float32."""
+    def run(x, t):
+        with torch.autocast(device.type, torch.bfloat16):
+            return network(x, t)
+    return run
 
 
 # ------------------------------------------------------------------------------------------------- the noise schedule
@@ -440,6 +449,7 @@ def start_processes(join=True):
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
+        torch.backends.cudnn.benchmark = True
     if join and world > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     return SimpleNamespace(rank=rank, world=world, device=device)
