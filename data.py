@@ -467,6 +467,7 @@ def _subspace_blocks(images, components, n, seed, truth):
     progress.close()
     mean = total / count
     variance, vectors = np.linalg.eigh(square / count - np.outer(mean, mean))  # ascending
+    variance = variance.clip(0)  # rounding can leave a null direction slightly negative
     scale, basis = np.sqrt(variance[:-components - 1:-1]), vectors.T[:-components - 1:-1]  # [k], [k, D]
     with atomic_write(truth) as partial:
         np.savez(partial, mean=mean, components=basis, scale=scale)
