@@ -623,7 +623,7 @@ def test_kill_and_resume_is_bit_exact(shapes, trained, tmp_path):
 
 def test_two_processes_and_microbatches_train_alike(shapes, tmp_path, monkeypatch):
     """20 steps with one process, with two (gloo), and in microbatches of 3: the same weights up to rounding."""
-    common = ["--steps", 20, "--method", "adv", "--lr", 1e-4]
+    common = ["--steps", 20, "--method", "adv", "--lr", 1e-4, "--batch", 4]
     call(monkeypatch, train, *flags(shapes, tmp_path / "one", *common))
     call(monkeypatch, train, *flags(shapes, tmp_path / "micro", *common, "--microbatch", 3))
     run("train.py", *flags(shapes, tmp_path / "two", *common), processes=2)
@@ -2224,7 +2224,7 @@ def test_toy_attack_throws_a_linear_sampler_as_far_as_computed():
     steps = sorted(toy3d.attacked_steps(1000, toy3d.ATTACKED, "spread"))
     assert len(steps) == toy3d.ATTACKED
     growth = (1 - gain.beta).rsqrt().cumprod(dim=0)
-    expected = (3 * (sigma[steps] * growth[steps]).square().sum()).sqrt().item()
+    expected = (3 * (sigma[steps] * growth[steps]).square().sum()).sqrt().item() * toy3d.distribution("oblique-plane").scale
     cells = [Cell("oblique-plane", "clean", "ddpm", seed) for seed in (0, 1)]
     attacked, control = toy3d.thrown(lambda x, t: 0 * x, gain.to("cpu"), cells)
     torch.testing.assert_close(attacked, control, rtol=1e-3, atol=0)
@@ -2247,7 +2247,8 @@ def test_toy_truth_measures_as_true(data, monkeypatch):
     assert numbers["rms"] == pytest.approx({"oblique-plane": 0, "3-gaussians": 0.25 * math.sqrt(3)}[data], abs=0.03)
     assert numbers["kept"] == pytest.approx(1, abs=0.12) and numbers["smallest_mode"] > 0.8
     assert trace.shape == (21, 256, 3) and field.shape == (toy3d.FIELD**2, 3)
-    assert trace[0].std() == pytest.approx(toy3d.distribution(data).scale, rel=0.1)         # starts as N(0, I)
+    d = toy3d.distribution(data)
+    assert (trace[0] - d.centre).std() == pytest.approx(d.scale, rel=0.1)                   # starts as N(0, I)
 
 
 def test_toy_claims_need_more_than_the_deviations():
@@ -2279,7 +2280,8 @@ def test_toy_command_line_writes_table_and_figures(short_process, monkeypatch, t
     lines = [json.loads(line) for line in (tmp_path / "toy3d.json").read_text().splitlines()]
     records, claims = [r for r in lines if "rms" in r], [r for r in lines if "claim" in r]
     assert len(records) == 2 * 3 * 4 and len(claims) == 25 and records[0]["seeds"] == 2
-    assert all(math.isfinite(v) for r in records for key in toy3d.COLUMNS for v in r[key])
+    # after three steps no point may be near a mode, whose variance is then not a number
+    assert all(math.isfinite(v) for r in records for key in toy3d.COLUMNS if key != "kept" for v in r[key])
     assert "holds" in capsys.readouterr().out
     whole = (tmp_path / "toy3d.json").read_bytes()
     for sweep, count in (("lam", 20), ("omega", 10)):

@@ -14,7 +14,6 @@ import functools
 import itertools
 import json
 import math
-import statistics
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -333,7 +332,7 @@ def summary(cells, results, sweep):
     for cell, group in runs.items():
         values = {key: [numbers[key] for numbers in group] for key in COLUMNS}
         records.append(cell._asdict() | dict(name=name.format(**cell._asdict()), seed=len(group)) | {
-            key: [statistics.mean(v), statistics.stdev(v) if len(v) > 1 else 0.0] for key, v in values.items()})
+            key: [float(np.mean(v)), float(np.std(v, ddof=1)) if len(v) > 1 else 0.0] for key, v in values.items()})
     return records
 
 
