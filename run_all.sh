@@ -35,7 +35,7 @@ stage() {
 
 main_job() {
     local began=$SECONDS network=(--mult 1,2 --attn 8)
-    local training=(--data shapes --size 16 --p 0.9 --sigma 0.2 --batch 32 --steps 400 --lr 2e-3 --ema 0.98 "${network[@]}")
+    local training=(--data shapes --size 16 --p 0.9 --sigma 0.2 --batch 32 --steps 300 --lr 2e-3 --ema 0.98 "${network[@]}")
     stage data.py shapes --size 16
     for method in ddpm adv; do
         stage train.py "${training[@]}" --method $method --out runs/shapes16-$method
