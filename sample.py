@@ -39,13 +39,7 @@ def reverse_distribution(model, schedule, x_t, i, variance="large", clamp=(-1.0,
     if clamp is not None:
         x0_hat = x0_hat.clamp(*clamp)
     mean = schedule.posterior_mean(x0_hat, x_t, i)          # Eq. 4's bracket, and equal to it where nothing is clamped
-    large, small = at(schedule.log_variance_large, i, x_t), at(schedule.log_variance_small, i, x_t)
-    if variance == "learned":
-        share = (v + 1) / 2
-        log_variance = share * large + (1 - share) * small
-    else:
-        log_variance = {"large": large, "small": small}[variance]
-    return mean, log_variance, x0_hat
+    return mean, schedule.log_variance(variance, x_t, i, v), x0_hat
 
 
 def split_output(out, x_t):

@@ -99,9 +99,7 @@ def training_loss(model, schedule, x_0, t, eps, beta, u, method="adv", lam=0.3, 
 
 def variational_bound(schedule, x_0, x_t, t, eps_hat, v):
     """The term of L_vlb at t in bits per dimension: it trains the variance (Nichol & Dhariwal 2021, L_hybrid). -> [B]."""
-    share = (v + 1) / 2
-    small = at(schedule.log_variance_small, t, x_t)
-    log_variance = share * at(schedule.log_variance_large, t, x_t) + (1 - share) * small
+    small, log_variance = schedule.log_variance("small", x_t, t), schedule.log_variance("learned", x_t, t, v)
     mean = schedule.posterior_mean(schedule.predicted_x0(x_t, t, eps_hat), x_t, t)
     divergence = 0.5 * (log_variance - small - 1 + (small - log_variance).exp() + (-log_variance).exp()
                         * (schedule.posterior_mean(x_0, x_t, t) - mean).square())   # KL of two Gaussians
@@ -425,7 +423,7 @@ def main():
     seconds = plain if args.method == "ddpm" else trainer.cost(few, args.method)
     price = f"x{seconds / plain:.2f} a plain DDPM step" + (" (the paper says x2.5)" if args.method == "adv" else "")
     estimate = seconds * len(trainer.rows) * (args.steps - trainer.step) / 60
-    some = images.read(np.arange(min(len(images), 1000)))
+    some = images.read(np.arange(min(len(images), 1000, 1 + 1000 * 32**2 // images.size**2)))    # LSUN's 1000 fill gigabytes
     method = "" if args.method == "ddpm" else f", lambda {args.lam} ({args.lam_units} units), omega {args.omega}, gamma {args.gamma:.4f}"
     say(f"data      {args.data} {images.size}x{images.size}, {len(images)} images, {100 * args.p:g} % of them with noise of "
         f"sigma {args.sigma} (data seed {args.data_seed}); noise estimate {noise_estimate(some).mean():.3f}\n"
@@ -468,7 +466,7 @@ def main():
         if not (saving or step % log_every == 0):
             continue
         if math.isfinite(float(broken)):
-            good = f"the last good checkpoint is {args.out}/checkpoint.pt" if step > args.save_every else "none was saved yet"
+            good = f"the last good checkpoint is {args.out}/checkpoint.pt" if (args.out / "checkpoint.pt").exists() else "none was saved"
             raise UserError(f"the loss of step {int(broken)} is not finite; {good}. Try a lower --lr, or without --amp")
         losses = {name: float(total) / counted for name, total in sums.items()}
         rate = (step - began_at) * args.batch / (time.perf_counter() - began)

@@ -345,6 +345,14 @@ class Schedule:
         """mu tilde of section A.2: the mean of q(x_{t-1} | x_t, x_0)."""
         return at(self.coefficient_x0, t, x_t) * x_0 + at(self.coefficient_xt, t, x_t) * x_t
 
+    def log_variance(self, variance, x_t, t, v=None):
+        """Of the reverse step: `large`, `small`, or `learned`, v [B, *] in -1 ... 1 between the two (Nichol & Dhariwal)."""
+        large, small = at(self.log_variance_large, t, x_t), at(self.log_variance_small, t, x_t)
+        if variance == "learned":
+            share = (v + 1) / 2
+            return share * large + (1 - share) * small
+        return {"large": large, "small": small}[variance]
+
 
 # -------------------------------------------------------------------------------------------------------- checkpoints
 
