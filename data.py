@@ -234,7 +234,7 @@ class Images:
         size = size or SIZES.get(base)
         if not size:
             raise UserError(f"--data {name}: --size is needed (only {', '.join(SIZES)} have a size of their own)")
-        self.name, self.size, self.shape, self.p, self.sigma = name, size, (3, size, size), p, sigma
+        self.name, self.size, self.shape, self.p, self.sigma, self.data_seed = name, size, (3, size, size), p, sigma, data_seed
         array, info, self._truth = _files(name, size, data_dir)
         if not (array.exists() and info.exists()):
             src = "" if base in ("cifar10", "shapes", "subspace") else " --src FOLDER_OR_ARCHIVE"

@@ -4,6 +4,7 @@
     torchrun --nproc_per_node 8 fid.py samples.npz --ref cifar10    # the same number from eight processes
     python fid.py folder_of_png/ --ref cifar10_stats.npz            # statistics as pytorch-fid and clean-fid write them
     python fid.py samples.npz --ref cifar10 --features pixels       # FD-pixels: coarse, but needs no weights
+    python fid.py a.npz b.npz c.npz --ref cifar10                   # one after the other, the network loaded once
     python fid.py samples.npz --ref subspace                        # FD-exact, rho and PSNR of Fig. 3
 
 SAMPLES and --ref are an .npz (images under `arr_0`), a .npy, a folder or zip of images, a statistics file (.npz with
@@ -567,7 +568,8 @@ def reference_statistics(reference, extract, features, weights, process, batch):
 def arguments(argv):
     """The command line, parsed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("samples", metavar="SAMPLES", help="the images to judge: file, folder or name, see above")
+    parser.add_argument("samples", metavar="SAMPLES", nargs="+",
+                        help="the images to judge: file, folder or name, see above; several are judged one by one")
     parser.add_argument("--ref", required=True, help="the images to compare with, or their statistics: the same choice")
     parser.add_argument("--features", choices=["inception", "pixels"],
                         help="what the distance is measured on (default inception; no choice for subspace data)")
@@ -579,6 +581,8 @@ def arguments(argv):
     parser.add_argument("--out", type=Path, help="the result as JSON (default: beside SAMPLES as SAMPLES.fid.json, "
                         ".fd-inception.json, .fd-pixels.json or .fd-exact.json)")
     args = parser.parse_args(argv)
+    if args.out and len(args.samples) > 1:
+        raise UserError(f"--out {args.out}: is the result of one SAMPLES; {len(args.samples)} are given, leave it out")
     if args.batch < 1 or args.splits < 1:
         raise UserError(f"--batch {args.batch} --splits {args.splits}: both must be at least 1")
     return args
@@ -631,11 +635,12 @@ def describe(result):
     return " | ".join(text)
 
 
-def main(argv=None):
-    """Measures args.samples against args.ref, prints one line and writes it as JSON."""
-    args = arguments(argv)
-    process = start_processes()
-    samples = open_source(args.samples, args.size, args.data_dir)
+def evaluate(path, args, process, inception):
+    """Measures the images at `path` against args.ref, prints one line and writes it as JSON.
+
+    inception() -> what `load_inception` gives.
+    """
+    samples = open_source(path, args.size, args.data_dir)
     size = args.size or (samples.size[0] if isinstance(samples, Source) else None)
     reference = open_source(args.ref, size, args.data_dir)
     features = args.features or "inception"
@@ -656,7 +661,7 @@ def main(argv=None):
     else:
         weights, extract = None, lambda images: (pixel_features(images), None)
         if features == "inception" and Source in (type(samples), type(reference)):
-            extract, weights = load_inception(args.weights, args.data_dir, process.device)
+            extract, weights = inception()
             result["weights"] = f"sha256 {weights}"
             if weights == WEIGHTS["sha256"]:
                 result["metric"] = "FID"
@@ -681,6 +686,15 @@ def main(argv=None):
             print(f"warning: {warning}", file=sys.stderr)
         print(describe(result))
         print(f"wrote {out}; {result.get('images_per_second', 0):.4g} images/s", file=sys.stderr)
+
+
+def main(argv=None):
+    """Judges all args.samples; the network is loaded once."""
+    args = arguments(argv)
+    process = start_processes()
+    inception = functools.cache(lambda: load_inception(args.weights, args.data_dir, process.device))
+    for path in args.samples:
+        evaluate(path, args, process, inception)
     if dist.is_initialized():
         dist.destroy_process_group()
 

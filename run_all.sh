@@ -1,11 +1,20 @@
 #!/usr/bin/env bash
-# The whole path on the embedded data, from nothing but Python 3.10 or newer:
+# Every table and figure of the paper, from nothing but Python 3.10 or newer.
 #
-#   bash run_all.sh            sets up .venv, then data, DDPM and Robust_adv training on corrupted shapes, samples, grids
-#   bash run_all.sh test       sets up .venv, then runs the tests
+#   bash run_all.sh                        quick where there is no GPU, paper where there is one
+#   bash run_all.sh quick                  all tables at a small scale whose truth is known, on CPU cores
+#   bash run_all.sh paper table1 fig8      some of them, at the paper's scale, on all GPUs of this machine
+#   bash run_all.sh dry                    every command of `paper` for two steps on shrunken data and networks
+#   bash run_all.sh test                   the tests
 #
-# PYTHON=/path/to/python uses that environment as it is. A run that was stopped goes on where it was; finished stages are
-# skipped. The paper-scale commands of every table are in README.md.
+# Tables: toy fig3 table1 table2 fig6 fig7 fig8 table4 table5 (fig. 4, 5, 12 to 24 come with them); price, the cost of the
+# regulariser beyond the paper, only where it is asked for. Every stage is a plain command, printed before it runs. Finished stages are skipped, so that a run
+# that was stopped goes on; a stage that fails is reported at the end and the others go on. Models are shared by the tables.
+#
+# PYTHON=python3            this environment as it is, instead of a .venv made here
+# LANES=4                   commands at a time (default: the cores, at most 8; one where there are GPUs)
+# TRAIN_FLAGS="--amp"       more flags for every training
+# NNODES=2 NODE_RANK=0 MASTER_ADDR=host0 MASTER_PORT=29500     the same command on every machine, on one shared folder
 set -euo pipefail
 cd "$(dirname "$0")"
 
@@ -23,35 +32,355 @@ set_up() {
         exit 2
     fi
     "$PYTHON" -m pip install --quiet --requirement requirements.txt
+    "$PYTHON" -m pip install --quiet matplotlib || echo "run_all.sh: no matplotlib: tables without figures"
     cp requirements.txt .venv/installed.txt
 }
 
-# Runs and prints one stage, a command that can be copied out.
-stage() {
-    echo
-    echo "\$ python $*"
-    "$PYTHON" "$@"
+# ---------------------------------------------------------------------------------------------------------- stages
+
+# job PHASE TARGET COMMAND...: to be run in its phase unless TARGET is there or is asked for already.
+SEEN="|"
+job() {
+    local phase=$1 target=$2
+    shift 2
+    case "$SEEN" in *"|$target|"*) return ;; esac
+    SEEN="$SEEN$target|"
+    if [ -e "$target" ]; then return; fi
+    printf '%s\n' "$*" >> "$QUEUE.$phase"
 }
 
-main_job() {
-    local began=$SECONDS network=(--mult 1,2 --attn 8)
-    local training=(--data shapes --size 16 --p 0.9 --sigma 0.2 --batch 32 --steps 300 --lr 2e-3 --ema 0.98 "${network[@]}")
-    stage data.py shapes --size 16
-    for method in ddpm adv; do
-        stage train.py "${training[@]}" --method $method --out runs/shapes16-$method
-        if [ ! -e runs/shapes16-$method/samples.npz ]; then
-            stage sample.py runs/shapes16-$method --n 64 --sampler ddim --steps 100 --batch 64 \
-                --out runs/shapes16-$method/samples.npz
+# Runs one command; with several lanes its output goes to a file and what it made is said when it ends.
+one_job() {
+    local began=$SECONDS log status=0
+    echo "\$ $1"
+    if [ "$LANES" = 1 ]; then
+        $1 || status=$?
+        if [ "$status" != 0 ]; then echo "$1" >> "$QUEUE.failed"; fi
+        return 0
+    fi
+    log=$(mktemp "$ROOT/logs/XXXXXXXX")
+    $1 > "$log" 2>&1 || status=$?
+    if [ "$status" = 0 ]; then
+        echo "  $((SECONDS - began)) s: $1"
+    else
+        echo "  FAILED, status $status: $1: $(tail -n 1 "$log")"
+        echo "$1" >> "$QUEUE.failed"
+    fi
+}
+export -f one_job
+
+run_phases() {
+    local phase data file found
+    for phase in data train tune sample score; do
+        for data in $DATASETS subspace; do                  # one fid.py for all samples of a data set
+            if [ $phase = score ] && [ -s "$QUEUE.fid-$data" ]; then
+                found=""
+                while read -r file; do if [ -e "$file" ]; then found="$found $file"; fi; done < "$QUEUE.fid-$data"
+                if [ -n "$found" ]; then echo "$LAUNCH -- fid.py$found --ref $data --data-dir $DATA $SCORE" >> "$QUEUE.score"; fi
+                rm "$QUEUE.fid-$data"
+            fi
+        done
+        if [ -s "$QUEUE.$phase" ]; then
+            tr '\n' '\0' < "$QUEUE.$phase" | xargs -0 -P "$LANES" -I{} bash -c 'one_job "$1"' _ {}
+            rm "$QUEUE.$phase"
         fi
     done
-    echo
-    echo "done in $(( (SECONDS - began) / 60 )) min $(( (SECONDS - began) % 60 )) s. Compare the grids of the same seeds:"
-    echo "  runs/shapes16-ddpm/samples.png   plain DDPM, which learns the noise of its training data"
-    echo "  runs/shapes16-adv/samples.png    Robust_adv, which unlearns it"
+    "$PYTHON" report.py --runs "$ROOT" --out "$RESULTS"
 }
 
-case "${1:-main}" in
-    main) set_up; main_job ;;
-    test) set_up; "$PYTHON" -m pytest -q test_core.py ;;
-    *) echo "run_all.sh: error: '$1' is not known; it is: bash run_all.sh [test]" >&2; exit 2 ;;
+# ----------------------------------------------------------------------------------------- what the tables are made of
+
+# run_of DATA METHOD P SIGMA [more]: the folder of a training
+run_of() { echo "$ROOT/$1/$2-p$3-s$4${5:+-$5}"; }
+
+# model DATA METHOD P SIGMA NAME [flags]: trains it; NAME tells apart what the flags change ("" for nothing).
+model() {
+    local data=$1 method=$2 p=$3 sigma=$4 name=$5 out
+    out=$(run_of "$data" "$method" "$p" "$sigma" "$name")
+    shift 5
+    prepare "$data"
+    # shellcheck disable=SC2086
+    job train "$out/samples-$(printf %08d "$STEPS").png" $LAUNCH train.py --data "$data" $(size "$data") --data-dir "$DATA" \
+        --method "$method" --p "$p" --sigma "$sigma" --steps "$STEPS" $TRAIN ${TRAIN_FLAGS:-} "$@" --out "$out"
+}
+
+# samples RUN SAMPLER STEPS: samples and their score
+samples() {
+    # shellcheck disable=SC2086
+    job sample "$1/$2-$3.npz" $LAUNCH -- sample.py "$1" --n "$N" --sampler "$2" --steps "$3" $SAMPLE --out "$1/$2-$3.npz"
+    score "$(basename "$(dirname "$1")")" "$1/$2-$3.npz"
+}
+
+# score DATA SAMPLES: by fid.py, together with all others of the same data set
+score() {
+    job "fid-$1" "$2.$METRIC.json" "$2"
+}
+
+# pair DATA P SIGMA: ddpm and adv, sampled with all steps of DDPM and with DDIM, for every seed
+pair() {
+    local seed method
+    for seed in $SEEDS; do
+        for method in ddpm adv; do
+            model "$1" $method "$2" "$3" "seed$seed" --seed "$seed"
+            samples "$(run_of "$1" $method "$2" "$3" "seed$seed")" ddpm "$FULL"
+            samples "$(run_of "$1" $method "$2" "$3" "seed$seed")" ddim "$DDIM"
+        done
+    done
+}
+
+# one DATA METHOD P SIGMA NAME [flags]: a model and its samples, once
+one() {
+    model "$@"
+    samples "$(run_of "$1" "$2" "$3" "$4" "$5")" ddpm "$FULL"
+}
+
+prepare() {
+    local file
+    file="$DATA/$1-$(size "$1" | tr -dc 0-9).npy"
+    # shellcheck disable=SC2046
+    job data "$file" "$PYTHON" data.py "$1" $(size "$1") --out "$DATA" $(source_of "$1")
+}
+
+size() {
+    case "$1" in
+        cifar10) echo --size 32 ;; celeba | imagenet64) echo --size 64 ;; lsun_bedroom) echo --size 256 ;;
+        subspace) echo --size "$SUBSPACE" ;;
+    esac
+}
+
+# Where data.py finds what it cannot download: CELEBA=img_align_celeba.zip and so on.
+source_of() {
+    local name
+    case "$1" in
+        subspace) echo --images "$SUBSPACE_IMAGES" ;;
+        *) name=$(echo "$1" | tr '[:lower:]' '[:upper:]'); if [ -n "${!name:-}" ]; then echo --src "${!name}"; fi ;;
+    esac
+}
+
+# ---------------------------------------------------------------------------------------------------------- the tables
+
+toy() {
+    job train "$ROOT/toy3d/toy3d.json" "$PYTHON" toy3d.py --out "$ROOT/toy3d"
+    local sweep
+    for sweep in lam omega; do
+        job train "$ROOT/toy3d/toy3d-$sweep.json" "$PYTHON" toy3d.py --sweep $sweep --out "$ROOT/toy3d"
+    done
+}
+
+fig3() {
+    local noise seed
+    for noise in "0 0" "0.9 0.1"; do
+        for seed in $SEEDS; do
+            for method in ddpm ran adv; do
+                # shellcheck disable=SC2086
+                one subspace $method $noise "seed$seed" --seed "$seed"
+            done
+        done
+        # shellcheck disable=SC2086
+        one subspace inv $noise lam0.3 --lam 0.3
+        # shellcheck disable=SC2086
+        one subspace inv $noise lam0.03 --lam 0.03
+    done
+}
+
+table1() {
+    local sigma method steps seed
+    for sigma in 0.1 0.2; do
+        for method in ran adv; do
+            for seed in $SEEDS; do one "$MAIN" $method 0.9 $sigma "seed$seed" --seed "$seed"; done
+        done
+    done
+    for method in ddpm adv; do
+        model "$MAIN" $method 0 0 seed0 --seed 0
+        for steps in 300 500 1000; do samples "$(run_of "$MAIN" $method 0 0 seed0)" ddpm $steps; done
+    done
+}
+
+table2() {
+    local data noise
+    for data in $DATASETS; do
+        for noise in "0 0" "0.9 0.1" "0.9 0.2"; do
+            # shellcheck disable=SC2086
+            if [ "$data $noise" != "imagenet64 0 0" ]; then pair "$data" $noise; fi
+        done
+    done
+    one "$MAIN" inv 0 0 lam0.3 --lam 0.3
+}
+
+fig6() {
+    local method run
+    for method in ddpm adv; do
+        one "$MAIN" $method 0 0 seed0 --seed 0
+        run=$(run_of "$MAIN" $method 0 0 seed0)
+        # shellcheck disable=SC2046,SC2086
+        job score "$run/ddpm-$FULL.npz.memorize.json" "$PYTHON" memorize.py "$run/ddpm-$FULL.npz" --data "$MAIN" \
+            $(size "$MAIN") --data-dir "$DATA" $MEMORIZE
+    done
+}
+
+fig7() {
+    local lam sigma
+    for sigma in $FIG7_SIGMAS; do
+        for lam in 0.1 0.2; do one "$FIG7" adv "$(if [ "$sigma" = 0 ]; then echo 0; else echo 0.9; fi)" "$sigma" lam$lam --lam $lam; done
+        one "$FIG7" adv "$(if [ "$sigma" = 0 ]; then echo 0; else echo 0.9; fi)" "$sigma" seed0 --seed 0
+    done
+}
+
+fig8() {
+    local method attack percent run name
+    for method in ddpm adv; do
+        one "$MAIN" $method 0 0 seed0 --seed 0
+        run=$(run_of "$MAIN" $method 0 0 seed0)
+        for attack in fgsm pgd eot noise drift; do
+            for percent in 25 50 75 100; do
+                name=$attack-$percent
+                # shellcheck disable=SC2086
+                job sample "$run/$name.npz" $LAUNCH -- attack.py "$run" --attack $attack --steps-attacked $percent% \
+                    --n "$N_ATTACK" --steps "$FULL" $SAMPLE $ATTACK --out "$run/$name.npz"
+                score "$MAIN" "$run/$name.npz"
+            done
+        done
+    done
+}
+
+table4() {
+    local sigma seed from out
+    for sigma in 0.1 0.2; do
+        pair "$TABLE4" 0.9 $sigma
+        from=$(run_of "$TABLE4" ddpm 0.9 $sigma seed0)
+        out=$(run_of "$TABLE4" adv 0.9 $sigma fine-tuned)
+        # shellcheck disable=SC2046,SC2086
+        job tune "$out/samples-$(printf %08d "$TUNE").png" $LAUNCH train.py --data "$TABLE4" $(size "$TABLE4") --data-dir "$DATA" \
+            --method adv --p 0.9 --sigma $sigma --init "$from" --steps "$TUNE" $TRAIN ${TRAIN_FLAGS:-} --out "$out"
+        samples "$out" ddpm "$FULL"
+    done
+}
+
+table5() {
+    local noise flags
+    for noise in "0 0" "0.9 0.1" "0.9 0.2"; do
+        for flags in oracle conf1 conf2; do
+            # shellcheck disable=SC2086
+            one "$MAIN" ambient $noise $flags --flags $flags
+        done
+        # shellcheck disable=SC2086
+        pair "$MAIN" $noise
+    done
+}
+
+# Beyond the paper: the regulariser on a share of the batch, with and without --balance, on 8x8 subspace data, where a step
+# is arithmetic and not overhead
+price() {
+    local share run balance
+    job data "$DATA/subspace-8.npy" "$PYTHON" data.py subspace --size 8 --images shapes --out "$DATA"
+    run=$ROOT/limits/ddpm
+    price_of "$run" --method ddpm
+    for share in 1 0.5 0.25 0.125 0.0625; do
+        for balance in "" --balance; do
+            price_of "$ROOT/limits/adv-share$share$balance" --method adv --reg-share $share $balance
+        done
+    done
+}
+
+price_of() {
+    local run=$1
+    shift
+    job train "$run/samples-$(printf %08d 1000).png" "$PYTHON" train.py --data subspace --size 8 --data-dir "$DATA" --p 0.9 \
+        --sigma 0.2 --steps 1000 --preset small --mult 1,1 --batch 64 --lr 1e-3 --ema 0.99 "$@" --out "$run"
+    job sample "$run/ddpm-100.npz" "$PYTHON" sample.py "$run" --n 512 --steps 100 --batch 256 --out "$run/ddpm-100.npz"
+    job sample "$run/fgsm-100.npz" "$PYTHON" attack.py "$run" --steps-attacked 100% --n 128 --steps 100 --out "$run/fgsm-100.npz"
+    score subspace "$run/ddpm-100.npz"
+    score subspace "$run/fgsm-100.npz"
+}
+
+# ----------------------------------------------------------------------------------------------------------- the scales
+
+quick() {
+    ROOT=runs/quick RESULTS=results DATA=data
+    LANES=${LANES:-$(cores)}
+    LAUNCH=$PYTHON
+    MAIN=subspace DATASETS=subspace FIG7=subspace FIG7_SIGMAS=0.2 TABLE4=subspace SUBSPACE=4 SUBSPACE_IMAGES=shapes
+    SEEDS="0 1 2" STEPS=600 TUNE=150 FULL=100 DDIM=50 N=512 N_ATTACK=128 METRIC=fd-exact
+    TRAIN="--preset small --mult 1 --batch 64 --lr 1e-3 --ema 0.99 --sample-every 150"
+    SAMPLE="--batch 256" SCORE="" ATTACK="--iters 5 --eot 2" MEMORIZE="--features pixels"
+    ABOUT="4x4 subspace data, $STEPS steps a model: about 35 minutes on two slow cores"
+}
+
+paper() {
+    ROOT=runs/paper RESULTS=results-paper DATA=data
+    LANES=${LANES:-1}
+    MAIN=cifar10 DATASETS="cifar10 celeba lsun_bedroom imagenet64" FIG7=lsun_bedroom FIG7_SIGMAS="0 0.1 0.2" TABLE4=celeba
+    SUBSPACE=32 SUBSPACE_IMAGES=butterflies
+    SEEDS=0 STEPS=500000 TUNE=158300 FULL=1000 DDIM=250 N=50000 N_ATTACK=50000 METRIC=fid
+    TRAIN="--sample-every 50000" SAMPLE="--batch 500" SCORE="" ATTACK="" MEMORIZE=""
+    local gpus
+    gpus=$("$PYTHON" -c 'import torch; print(max(1, torch.cuda.device_count()))')
+    LAUNCH="$PYTHON -m torch.distributed.run --nproc_per_node $gpus"
+    if [ "${NNODES:-1}" -gt 1 ]; then
+        LAUNCH="$LAUNCH --nnodes $NNODES --node_rank $NODE_RANK --master_addr $MASTER_ADDR --master_port ${MASTER_PORT:-29500}"
+    else
+        LAUNCH="$LAUNCH --standalone"
+    fi
+    ABOUT="$STEPS steps a model on $gpus process(es): every training prints its own estimate in its first minute"
+}
+
+# The paper's commands with what makes them short appended: the last of two equal flags counts.
+dry() {
+    paper
+    ROOT=runs/dry RESULTS=results-dry DATA=runs/dry/data LANES=${LANES:-$(cores)}
+    STEPS=2 TUNE=2 N=2 N_ATTACK=2 METRIC=fd-pixels SUBSPACE=8
+    TRAIN="--sample-every 50000 --channels 32 --res-blocks 1 --mult 1,1 --attn 8 --heads 2 --batch 4 --timesteps 1000"
+    SAMPLE="--batch 500 --steps 2" SCORE="--features pixels" MEMORIZE="--features pixels" ATTACK="--iters 2 --eot 2"
+    ABOUT="two steps a model"
+}
+
+cores() {
+    local count
+    count=$(getconf _NPROCESSORS_ONLN)
+    echo $((count < 8 ? count : 8))
+}
+
+reproduce() {
+    local began=$SECONDS table
+    if [ "$LANES" -gt 1 ]; then export OMP_NUM_THREADS=1; fi
+    export ROOT LANES
+    mkdir -p "$ROOT/logs"
+    QUEUE=$(mktemp -d)/queue
+    export QUEUE
+    trap 'rm -rf "$(dirname "$QUEUE")"' EXIT
+    for table in "$@"; do
+        case " $ALL price " in
+            *" $table "*) ;;
+            *) echo "run_all.sh: error: '$table' is not a table; they are: $ALL price" >&2; exit 2 ;;
+        esac
+    done
+    echo "run_all.sh $SCALE: ${*}; $ABOUT. $LANES at a time, runs in $ROOT, tables in $RESULTS/README.md"
+    "$1"                                                    # the first one by itself, so that there is a table soon
+    run_phases
+    for table in "${@:2}"; do "$table"; done
+    run_phases
+    echo
+    echo "done in $(((SECONDS - began) / 60)) min $(((SECONDS - began) % 60)) s: $RESULTS/README.md"
+    if [ -s "$QUEUE.failed" ]; then
+        echo "These stages failed; what they would have made is a dash in the tables:"
+        sed 's/^/  /' "$QUEUE.failed"
+        exit 1
+    fi
+}
+
+SCALE=${1:-}
+set_up
+if [ -z "$SCALE" ]; then
+    SCALE=$("$PYTHON" -c 'import torch; print("paper" if torch.cuda.is_available() else "quick")')
+fi
+ALL="table1 toy table2 fig3 fig6 fig7 fig8 table4 table5"
+case "$SCALE" in
+    test) exec "$PYTHON" -m pytest -q test_core.py ;;
+    quick | paper | dry) ;;
+    *) echo "run_all.sh: error: '$SCALE' is not known; it is: bash run_all.sh [quick|paper|dry|test] [$ALL price]" >&2; exit 2 ;;
 esac
+"$SCALE"
+if [ $# -gt 1 ]; then reproduce "${@:2}"; else
+    # shellcheck disable=SC2086
+    reproduce $ALL
+fi

@@ -34,6 +34,7 @@ from PIL import Image
 import attack
 import data
 import fid
+import memorize
 import sample
 import toy3d
 import train
@@ -543,7 +544,8 @@ def test_learned_variance_regularises_eps_alone():
 
 def trainer(**changes):
     """A Trainer of the tiny network on 8x8 images, in this process."""
-    training = dict(method="adv", lam=0.3, lam_units="x", omega=2.0, gamma=8 / 255, batch=4, lr=1e-3, ema=0.99, amp=False, seed=0)
+    training = dict(method="adv", lam=0.3, lam_units="x", omega=2.0, gamma=8 / 255, batch=4, lr=1e-3, ema=0.99, amp=False, seed=0,
+                    reg_share=1.0, balance=False)
     config = dict(network=dict(size=8, dropout=0.0, **TINY) | changes.pop("network", {}), process=dict(schedule="linear", timesteps=1000),
                   data={}, training=training | changes)
     process = type("Process", (), dict(rank=0, world=1, device=torch.device("cpu")))
@@ -561,6 +563,101 @@ def test_dropout_has_one_mask_for_all_passes():
     again = float(t.losses(x_0, t.rows, noise, "ran")["ddpm"])
     t.step = 1
     assert float(first["ddpm"]) == again != float(t.losses(x_0, t.rows, noise, "ran")["ddpm"])
+
+
+@pytest.mark.parametrize("reg_share, micro", [(1.0, None), (0.5, None), (0.25, 3), (0.125, None)])
+def test_regulariser_on_a_share_is_unbiased(reg_share, micro):
+    """Catches a share that is weighted wrongly, left out or counted twice: rows of one kind must give the whole batch's
+    gradient at any share; and the DDPM term, which sees every row at every share."""
+    t = trainer(batch=8, reg_share=reg_share, method="ran", lam=0.7)
+    randomised(t.model)
+    t.microbatch = micro or t.microbatch
+    same = [part[:1].expand_as(part) for part in t.noise((3, 8, 8))]
+    t.noise = lambda shape: same                            # eight times the same draws, and the same image
+    x_0 = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(1)).expand(8, -1, -1, -1)
+    found = t.advance(x_0)
+    gradient = torch.cat([p.grad.flatten() for p in t.parameters])
+    other = trainer(batch=8, method="ran", lam=0.7)
+    randomised(other.model)
+    expected = other.losses(x_0, other.rows, same, "ran")
+    sum(expected.values()).backward()
+    assert difference(gradient, torch.cat([p.grad.flatten() for p in other.parameters])) < 1e-5
+    assert all(float(found[name]) == pytest.approx(float(expected[name]), rel=1e-5) for name in ("ddpm", "reg"))
+
+
+def test_every_row_is_trained_once_at_any_share():
+    """Catches rows lost between the parts, a process without its share, and a share that depends on the process."""
+    whole = train.regularised_rows(range(16), 0.25, "adv")
+    assert [(len(rows), method) for rows, method in whole] == [(4, "adv"), (12, "ddpm")]
+    halves = [train.regularised_rows(range(first, first + 8), 0.25, "adv") for first in (0, 8)]
+    for k in (0, 1):
+        assert halves[0][k][0] + halves[1][k][0] == whole[k][0]
+    assert sorted(whole[0][0] + whole[1][0]) == list(range(16))
+    for method in ("ddpm", "ambient"):
+        assert train.regularised_rows(range(16), 0.25, method) == [(list(range(16)), method)]
+
+
+def test_balance_weighs_the_two_terms_as_a_mean():
+    """Catches a weight that is not 1 / (1 + lambda_t) at beta = 1, or that reaches one of the terms alone."""
+    schedule = unet.Schedule.named("linear", 1000)
+    t = torch.tensor([0, 51, 999])
+    s = (1 - schedule.alpha_bar[t]).sqrt()
+    expected = 1 / (1 + 0.3 * math.sqrt(3) / (s**2 + 8 / 255))             # R = sqrt(1 - alpha_bar) r = s^2 + gamma
+    torch.testing.assert_close(train.balance_weight(schedule, t), expected, rtol=1e-6, atol=0)
+    plain, balanced = trainer(method="ran"), trainer(method="ran", balance=True)
+    for each in (plain, balanced):
+        randomised(each.model)
+    x_0, noise = torch.randn(4, 3, 8, 8), plain.noise((3, 8, 8))
+    noise[0][:] = 51
+    a, b = (each.losses(x_0, each.rows, noise, "ran") for each in (plain, balanced))
+    assert all(float(b[name] / a[name]) == pytest.approx(float(expected[1]), rel=1e-5) for name in ("ddpm", "reg"))
+
+
+@pytest.mark.parametrize("sigma_n", [0.0, 0.1, 0.4])
+@pytest.mark.parametrize("t", [70, 300])
+def test_ambient_minimiser_of_a_gaussian(sigma_n, t):
+    """Catches any slip in rho or in the noise added: for x ~ N(0, s^2) the best eps_theta is c x_t with
+    c = sqrt(1 - alpha_bar) / (alpha_bar s^2 + 1 - alpha_bar), that of CLEAN data, whatever noise y has; and no loss where
+    y has more noise than x_t."""
+    schedule, g, s, N = unet.Schedule.named("linear", 1000), torch.Generator().manual_seed(t), 0.7, 1 << 18
+    normal = lambda: torch.randn(N, 1, generator=g, dtype=torch.float64)
+    y = s * normal() + sigma_n * normal()
+    steps, eps, known = torch.full((N,), t), normal(), torch.full((N,), sigma_n, dtype=torch.float64)
+    a = schedule.alpha_bar[t]
+    best = float((1 - a).sqrt() / (a * s**2 + 1 - a))
+    c = torch.tensor(best, dtype=torch.float64, requires_grad=True)
+    loss = train.ambient_loss(lambda x, t: c * x, schedule, y, steps, eps, known)["ddpm"].mean()
+    if ((1 - a) / a).sqrt() <= sigma_n:
+        assert float(loss) == 0
+        return
+    first, = torch.autograd.grad(loss, c, create_graph=True)
+    second, = torch.autograd.grad(first, c)
+    assert float(first / second) == pytest.approx(0, abs=0.02 * best)       # Newton's step from there, a quadratic's, is none
+    if sigma_n == 0:
+        clean = train.training_loss(lambda x, t: c * x, schedule, y, steps, eps, torch.ones(N).double(), None, "ddpm")["ddpm"]
+        assert float(loss) == pytest.approx(float(clean.mean()), rel=1e-12)
+
+
+def test_what_the_noise_aware_baseline_is_told(shapes):
+    """Catches flags swapped, drawn anew each time, wrong with probability p only among the noisy, or sigma forgotten."""
+    images = Images("shapes", 8, shapes, 0.75, 0.2, 3)
+    truth = images.corrupted(np.arange(len(images)))
+    told = {flags: train.assumed_noise(images, flags, 0.25) for flags in ("oracle", "conf1", "conf2")}
+    assert np.array_equal(told["oracle"], np.where(truth, np.float32(0.25), 0)) and 0 < truth.sum() < len(truth)
+    assert (told["conf2"] == 0.25).all() and np.array_equal(told["conf1"], train.assumed_noise(images, "conf1", 0.25))
+    many = type("Many", (), dict(corrupted=lambda self, index: index % 4 == 0, p=0.75, data_seed=3, __len__=lambda self: 40_000))()
+    wrong = (train.assumed_noise(many, "conf1", 0.25) > 0) != (np.arange(40_000) % 4 == 0)
+    assert wrong[::4].mean() == pytest.approx(0.75, abs=0.02) and wrong[1::4].mean() == pytest.approx(0.75, abs=0.02)
+
+
+def test_ambient_trains_on_what_it_is_told(shapes, tmp_path, monkeypatch, capsys):
+    """Catches flags that never reach the loss: told that all are noisy beyond any timestep's noise, nothing is learnt."""
+    common = ["--method", "ambient", "--p", 0.9, "--sigma", 0.2, "--steps", 2]
+    call(monkeypatch, train, *flags(shapes, tmp_path / "a", *common, "--flags", "conf2", "--sigma-known", 1e6))
+    call(monkeypatch, train, *flags(shapes, tmp_path / "b", *common, "--flags", "oracle"))
+    lines = {name: [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()] for name in "ab"}
+    assert all(line["ddpm"] == 0 for line in lines["a"][1:]) and all(line["ddpm"] > 0.01 for line in lines["b"][1:])
+    assert lines["b"][0]["config"]["training"]["sigma_known"] == 0.2 and "100.0 % of the images" in capsys.readouterr().out
 
 
 def test_ema_warms_up():
@@ -678,7 +775,8 @@ def test_a_loss_that_is_not_finite_stops_the_run(shapes, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("argv, message", [
     (["--batch", 65], "--batch 65: shapes has only 64 images"), (["--p", 1.5], "--p 1.5"), (["--sigma", -1], "--sigma -1"),
-    (["--lr", 0], "--lr 0"), (["--steps", -5], "--steps -5"), (["--ema", 2], "--ema 2"), (["--data", "nothing"], "nothing"),
+    (["--lr", 0], "--lr 0"), (["--reg-share", 0.3], "--reg-share 0.3"), (["--reg-share", 0.0625], "--reg-share 0.0625"),
+    (["--method", "ambient", "--learn-sigma"], "--learn-sigma"), (["--steps", -5], "--steps -5"), (["--ema", 2], "--ema 2"), (["--data", "nothing"], "nothing"),
     (["--channels", 33], "--channels 33"), (["--mult", "1,2,2,2,2"], "--size 8"), (["--heads", 7], "--heads 7"),
     (["--timesteps", 10], "--timesteps 10"), (["--init", "nowhere.pt"], "nowhere.pt: no such checkpoint"),
     (["--out", "/proc/run"], "/proc/run")])
@@ -1604,6 +1702,17 @@ def test_every_form_gives_the_same(sets, capsys):
     assert abs(score(folder / "a.npz", "--ref", folder / "a.npz", "--features", "pixels")["value"]) <= 1e-12
 
 
+def test_several_samples_are_judged_one_by_one(sets, capsys):
+    """Catches a result of one set written beside another, and one --out for several."""
+    folder, truth = sets
+    names = [str(folder / name) for name in ("a.npz", "b.npy")]
+    fid.main([*names, "--ref", names[1], "--features", "pixels", "--data-dir", str(folder)])
+    values = [json.loads(Path(f"{name}.fd-pixels.json").read_text())["value"] for name in names]
+    assert values == [pytest.approx(truth, rel=1e-9), pytest.approx(0, abs=1e-9)]
+    with pytest.raises(UserError, match="--out"):
+        fid.main([*names, "--ref", names[1], "--features", "pixels", "--out", str(folder / "out.json")])
+
+
 def test_cache_of_the_reference(sets):
     """A cache that is not used, or used though the reference has changed."""
     folder, truth = sets
@@ -2099,6 +2208,343 @@ def test_attack_refuses(trained, tmp_path, monkeypatch, argv, message):
     assert not list(tmp_path.iterdir())
 
 
+# ---------------------------------------------------------------------------------------------------------- memorize.py
+
+
+def unit(rows, columns, seed):
+    """Random rows of length 1, float32, and the same numbers in float64 numpy."""
+    x = torch.nn.functional.normalize(torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)), dim=1)
+    return x, x.double().numpy()
+
+
+def prepare(folder, name, images, **facts):
+    """A prepared data set of the images [N, H, W, 3], as data.py leaves it."""
+    array = np.ascontiguousarray(images.transpose(0, 3, 1, 2))
+    np.save(folder / f"{name}-{images.shape[1]}.npy", array)
+    info = dict(name=name, count=len(array), dtype=str(array.dtype), low=-1, high=1,
+                sha256=hashlib.sha256(array.tobytes()).hexdigest(), **facts)
+    (folder / f"{name}-{images.shape[1]}.json").write_text(json.dumps(info))
+
+
+def pictures(count, seed, size=8):
+    return np.random.default_rng(seed).integers(0, 256, (count, size, size, 3), dtype=np.uint8)
+
+
+def memorise(folder, samples, *more, features="pixels", data="mine"):
+    """memorize.main on the arguments: the JSON that it writes, which must be strict."""
+    flags = ("--data", data, "--features", features, "--data-dir", folder)
+    memorize.main([str(a) for a in (folder / samples, *flags, *more)])
+
+    def refuse(text):
+        raise ValueError(text)
+    return json.loads((folder / f"{samples}.memorize.json").read_text(), parse_constant=refuse)
+
+
+def cosines(a, b, mean):
+    """All cosines between images [N, H, W, 3] and [M, H, W, 3] after subtraction of the mean, float64 [N, M]."""
+    a, b = (x.reshape(len(x), -1).astype(np.float64) - mean.reshape(-1) for x in (a, b))
+    return a @ b.T / np.linalg.norm(a, axis=1)[:, None] / np.linalg.norm(b, axis=1)
+
+
+@pytest.fixture
+def planted(tmp_path):
+    """30 training images and 20 samples: sample 4 is training image 17, sample 11 is 29; 3 and 25 of training agree."""
+    train, generated = pictures(30, 1), pictures(20, 2)
+    train[25] = train[3]
+    generated[4], generated[11] = train[17], train[29]
+    prepare(tmp_path, "mine", train)
+    np.savez(tmp_path / "s.npz", generated, protocol=np.array(json.dumps(dict(method="adv", data="mine", steps=250))))
+    return tmp_path, train, generated
+
+
+@pytest.mark.parametrize("block", [1, 7, 16, 57, 1000])
+def test_memorize_nearest_by_brute_force(block):
+    """A last block left out; an index counted within its block; the maximum of the last block, or over the queries."""
+    (x, x64), (y, y64) = unit(57, 16, 1), unit(83, 16, 2)
+    truth = x64 @ y64.T
+    similarity, index = memorize.nearest(x, y, block=block)
+    assert np.array_equal(index.numpy(), truth.argmax(1))
+    assert np.abs(similarity.numpy() - truth.max(1)).max() < 1e-6
+
+
+@pytest.mark.parametrize("block", [1, 8, 50, 1000])
+def test_memorize_leaves_out_the_image_itself_only(block):
+    """An image taken for its own neighbour; a copy under another index taken for the image itself."""
+    x, x64 = unit(50, 16, 3)
+    x[31], x64[31] = x[7], x64[7]
+    truth = x64 @ x64.T
+    truth[np.arange(50), np.arange(50)] = -np.inf
+    similarity, index = memorize.nearest(x, x, itself=True, block=block)
+    assert np.array_equal(index.numpy(), truth.argmax(1)) and np.abs(similarity.numpy() - truth.max(1)).max() < 1e-6
+    assert (index[7], index[31]) == (31, 7) and similarity[[7, 31]].min() > 1 - 1e-6 and similarity.max() <= 1
+
+
+def test_memorize_summary_of_known_vectors():
+    """Another percentile rule or percentile; 0.9 itself not counted; the share as a count."""
+    found = memorize.summary(np.arange(101)[::-1] / 100)
+    assert found == pytest.approx(dict(mean=0.5, p75=0.75, p90=0.9, p95=0.95, share=11 / 101), abs=1e-12)
+    found = memorize.summary(torch.tensor([0.1, 0.4, 0.95, 0.2], dtype=torch.float64))
+    # Linear between the sorted values 0.1 0.2 0.4 0.95, whose ranks are 0, 1/3, 2/3, 1.
+    assert found == pytest.approx(dict(mean=0.4125, p75=0.5375, p90=0.785, p95=0.8675, share=0.25), abs=1e-12)
+
+
+def test_memorize_finds_planted_copies(planted, capsys):
+    """A copy not found, or paired with another image; the mean of the samples subtracted, or none; the two sets mixed
+    up; a histogram that loses images; pixels passed off as DINOv2; the protocol lost."""
+    folder, train, generated = planted
+    result = memorise(folder, "s.npz", "--batch", 7)
+    mean = train.astype(np.float64).mean(0)
+    truth, among = cosines(generated, train, mean), cosines(train, train, mean)
+    np.fill_diagonal(among, -np.inf)
+    for name, best in (("generated", truth.max(1)), ("train", among.max(1))):
+        expected = dict(mean=best.mean(), share=np.mean(best > 0.9),
+                        **{f"p{q}": np.quantile(best, q / 100) for q in (75, 90, 95)})
+        assert result[name] == pytest.approx(expected, abs=1e-6)
+        counts = result["histogram"][name]
+        assert sum(counts) == len(best) and sum(counts[95:]) == 2 == round(expected["share"] * len(best))
+    assert result["histogram"]["edges"][95] == 0.9 and len(result["histogram"]["edges"]) == 101
+    assert {tuple(pair[:2]) for pair in result["closest"][:2]} == {(4, 17), (11, 29)}
+    assert result["closest"][2][0] == np.argsort(truth.max(1))[-3] and result["closest"][1][2] > 1 - 1e-6
+    assert (result["metric"], result["n"], result["n_train"], result["weights"]) == ("memorisation", 20, 30, None)
+    assert result["protocol"] == dict(method="adv", data="mine", steps=250) and result["warnings"] == []
+    line = capsys.readouterr().out
+    assert line.count("\n") == 1 and "pixels (not DINOv2)" in line and result["features"] == "pixels (not DINOv2)"
+    assert "method adv" in line and "generated: share >= 0.9 0.1," in line and "train: share >= 0.9 0.06667," in line
+    grid = np.asarray(Image.open(folder / "s.npz.memorize.png"))
+    for row, column, image in ((0, 0, generated), (0, 1, train), (0, 4, generated), (0, 5, train), (1, 1, train)):
+        pair = result["closest"][row * 4 + column // 2]
+        tile = grid[row * 10:row * 10 + 8, column * 10:column * 10 + 8]
+        assert np.array_equal(tile, image[pair[column % 2]])
+
+
+def test_memorize_float_samples_and_other_data(planted, capsys):
+    """Float samples read in another scale than the training images' bytes; samples of another data set not noticed."""
+    folder, _, generated = planted
+    expected = memorise(folder, "s.npz")["generated"]
+    np.savez(folder / "f.npz", generated.astype(np.float32) / 127.5 - 1, protocol=np.array('{"data": "celeba"}'))
+    result = memorise(folder, "f.npz")
+    assert result["generated"] == expected and "trained on celeba" in result["warnings"][0]
+    assert "trained on celeba" in capsys.readouterr().err
+    np.savez(folder / "p.npz", generated, protocol=np.array('{"data": "?"}'))
+    assert memorise(folder, "p.npz")["warnings"] == []
+
+
+def test_memorize_subspace_in_its_own_units(tmp_path):
+    """Data units clipped or rounded to bytes, which a Gaussian's exceed."""
+    rng = np.random.default_rng(3)
+    train, generated = (rng.normal(0, 3, (count, 4, 4, 3)).astype(np.float32) for count in (12, 9))
+    prepare(tmp_path, "subspace", train)
+    np.savez(tmp_path / "subspace-4-truth.npz", mean=np.zeros(48), components=np.eye(48)[:2], scale=np.ones(2))
+    np.savez(tmp_path / "s.npz", generated)
+    result = memorise(tmp_path, "s.npz", data="subspace")
+    truth = cosines(generated, train, train.astype(np.float64).mean(0))
+    assert result["generated"]["mean"] == pytest.approx(truth.max(1).mean(), abs=1e-6)
+    assert result["closest"][0][:2] == list(np.unravel_index(truth.argmax(), truth.shape))
+    np.savez(tmp_path / "b.npz", pictures(9, 1, 4))
+    with pytest.raises(UserError, match="b.npz holds uint8: floats in units of subspace-4"):
+        memorise(tmp_path, "b.npz", data="subspace")
+    with pytest.raises(UserError, match="--features dinov2_vitb14 is for images; the floats of subspace-4 take pixels"):
+        memorise(tmp_path, "s.npz", data="subspace", features="dinov2_vitb14")
+
+
+def test_memorize_cache_of_the_training_set(planted):
+    """A cache that is not used, or used though the training images have changed; one that is damaged, believed."""
+    folder, train, _ = planted
+    first = memorise(folder, "s.npz")
+    cache, = folder.glob("mine-8.memorize-pixels-*.npz")
+    with np.load(cache) as file:
+        np.savez(cache, similarity=file["similarity"] * 0 + 0.5, features=file["features"])
+    again = memorise(folder, "s.npz")
+    assert again["train"]["mean"] == 0.5 and again["generated"] == first["generated"]
+    assert again["train_from_cache"] and not first["train_from_cache"]
+    cache.write_bytes(cache.read_bytes()[:-100])
+    with pytest.raises(UserError, match="memorize-pixels-.*npz, which can be deleted: damaged"):
+        memorise(folder, "s.npz")
+    prepare(folder, "mine", train[::-1])
+    assert memorise(folder, "s.npz")["train"] == pytest.approx(first["train"], abs=1e-6)
+    assert len(list(folder.glob("mine-8.memorize-*.npz"))) == 2
+
+
+@pytest.mark.parametrize("size", [8, 32, 256])
+def test_memorize_input_of_dino_against_pillow(size):
+    """Another interpolation, no antialiasing, values outside of what an image can hold, channels or scale wrong."""
+    image = pictures(1, 4, size)[0]
+    pale = image // 4 + 96                                  # does not overshoot: Pillow clips between its passes, too
+    truth = np.asarray(Image.fromarray(pale).resize((224, 224), Image.Resampling.BICUBIC)).astype(np.float64) / 255
+    truth = (truth - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
+    found = memorize.dino_input(pale[None])
+    assert found.shape == (1, 3, 224, 224) and found.dtype == torch.float32
+    assert np.abs(found[0].permute(1, 2, 0).numpy() - truth).max() < 1.5 / 255 / 0.224          # Pillow rounds twice
+    for value, channel in zip(memorize.dino_input(image[None])[0], ((0.485, 0.229), (0.456, 0.224), (0.406, 0.225))):
+        assert (value.min(), value.max()) == pytest.approx([(x - channel[0]) / channel[1] for x in (0, 1)], abs=1e-5)
+
+
+HUBCONF = """
+import torch
+
+class Standin(torch.nn.Module):                 # what it computes can be computed by hand
+    def __init__(self, width):
+        super().__init__()
+        self.linear, self.dropout = torch.nn.Linear(6, width), torch.nn.Dropout(0.5)
+    def forward(self, x):
+        assert x.shape[1:] == (3, 224, 224) and x.dtype == torch.float32
+        return self.dropout(self.linear(x.unflatten(3, (2, 112)).mean((2, 4)).flatten(1)))
+
+def dinov2_vitb14(*, pretrained=True):
+    print("noise on stdout")
+    assert not pretrained, "it would fetch weights that nobody checks"
+    return Standin(5)
+
+def dinov2_vits14(*, pretrained=True):
+    return Standin(4)
+"""
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A local hub folder with stand-ins for DINOv2, and `weights.pth` whose sha256 counts as the published one."""
+    monkeypatch.delenv("XFORMERS_DISABLED", raising=False)
+    (tmp_path / "hub").mkdir()
+    (tmp_path / "hub" / "hubconf.py").write_text(HUBCONF)
+    weight = torch.randn(5, 6, generator=torch.Generator().manual_seed(5))
+    for name, state in (("weights", dict(weight=weight, bias=torch.zeros(5))), ("short", dict(weight=weight)),
+                        ("small", dict(weight=weight[:4], bias=torch.zeros(4)))):
+        torch.save({f"linear.{k}": v.clone() for k, v in state.items()}, tmp_path / f"{name}.pth")
+
+    def publish(file, name="dinov2_vitb14"):
+        digest = hashlib.sha256((tmp_path / file).read_bytes()).hexdigest()
+        monkeypatch.setitem(memorize.WEIGHTS, name, dict(sha256=digest, size=1000))
+        return digest
+    return tmp_path, weight.double().numpy(), publish
+
+
+def test_memorize_dino_from_a_local_hub(planted, hub, capsys):
+    """Random weights left in the network; training mode; features not of length 1; a cache shared by two networks; the
+    repository's chatter in the result; the weights' hash or the code's not reported."""
+    folder, train, generated = planted
+    _, weight, publish = hub
+    digest = publish("weights.pth")
+    flags = ("--weights", folder / "weights.pth", "--hub-dir", folder / "hub")
+    result = memorise(folder, "s.npz", *flags, "--batch", 7, features="dinov2_vitb14")
+    out = capsys.readouterr().out
+    assert out.count("\n") == 1 and out.startswith("memorisation on dinov2_vitb14 |") and "DINOv2)" not in out
+    assert result["weights"] == digest and result["code"].startswith("local copy, sha256 ")
+
+    def by_hand(images):
+        large = [Image.fromarray(image).resize((224, 224), Image.Resampling.BICUBIC) for image in images]
+        x = np.stack([np.asarray(image) for image in large])
+        x = (x / 255 - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
+        return np.stack([x[:, :, :112].mean((1, 2)), x[:, :, 112:].mean((1, 2))], -1).reshape(-1, 6) @ weight.T
+    truth = cosines(by_hand(generated), by_hand(train), np.zeros(5))
+    among = cosines(by_hand(train), by_hand(train), np.zeros(5))
+    np.fill_diagonal(among, -np.inf)
+    for name, best in (("generated", truth.max(1)), ("train", among.max(1))):
+        assert result[name]["mean"] == pytest.approx(best.mean(), abs=1e-3)                     # Pillow rounds
+        assert result[name]["p75"] == pytest.approx(np.quantile(best, 0.75), abs=1e-3)
+    assert {(4, 17), (11, 29)} <= {tuple(pair[:2]) for pair in result["closest"] if pair[2] > 1 - 1e-6}
+    cache, = folder.glob("mine-8.memorize-dinov2_vitb14-*.npz")
+    with np.load(cache) as file:
+        assert file["features"].shape == (30, 5) and np.allclose(np.linalg.norm(file["features"], axis=1), 1)
+        np.savez(cache, similarity=file["similarity"], features=-file["features"])
+    turned = memorise(folder, "s.npz", *flags, features="dinov2_vitb14")["generated"]
+    assert turned["mean"] < result["generated"]["mean"]                                         # the cache was used
+    publish("small.pth", "dinov2_vits14")
+    small = memorise(folder, "s.npz", "--weights", folder / "small.pth", *flags[2:], features="dinov2_vits14")
+    assert small["features"] == "dinov2_vits14" and not small["train_from_cache"]
+    (folder / "hub" / "more.py").write_text("x = 1")
+    assert not memorise(folder, "s.npz", *flags, features="dinov2_vitb14")["train_from_cache"]  # other code
+
+
+def test_memorize_refuses_other_weights_and_code(planted, hub, capsys):
+    """Weights that are not the published ones, or that leave part of the network random, taken; code run before its
+    weights are checked; a traceback of foreign code."""
+    folder, publish = planted[0], hub[2]
+    digest = publish("weights.pth")
+
+    def refused(words, weights="weights.pth", hub_dir="hub"):
+        with pytest.raises(UserError, match=words) as error:
+            flags = ("--weights", folder / weights, "--hub-dir", folder / hub_dir)
+            memorise(folder, "s.npz", *flags, features="dinov2_vitb14")
+        assert "\n" not in str(error.value) and not list(folder.glob("*.memorize*"))
+    (folder / "hub" / "hubconf.py").write_text("raise SystemError('code was run')")
+    refused(rf"--weights .*short.pth: its sha256 is \w+, not {digest}, that of https://.*_vitb14_pretrain", "short.pth")
+    refused("--weights .*none.pth: no such file; https://.*/dinov2_vitb14/dinov2_vitb14_pretrain.pth is it", "none.pth")
+    refused("--hub-dir .*empty: no hubconf.py in it; a clone of https://github.com/facebookresearch/dinov2 has one",
+            hub_dir="empty")
+    refused("no dinov2_vitb14 that takes the published weights .SystemError: code was run.*--hub-dir")
+    (folder / "hub" / "hubconf.py").write_text("import torch")
+    refused("no dinov2_vitb14 that takes the published weights .RuntimeError: Cannot find callable")
+    (folder / "hub" / "hubconf.py").write_text(HUBCONF)
+    publish("short.pth")
+    refused("RuntimeError: Error.* in loading state_dict .*linear.bias", "short.pth")
+    (folder / "code.pth").write_bytes(b"cos\nsystem\n(S'touch " + str(folder / "owned").encode() + b"'\ntR.")
+    publish("code.pth")
+    refused("no dinov2_vitb14 that takes the published weights", "code.pth")
+    assert not (folder / "owned").exists()
+    with pytest.raises(UserError, match="--features pixels takes neither --weights nor --hub-dir"):
+        memorise(folder, "s.npz", "--hub-dir", folder / "hub")
+
+
+def test_memorize_without_a_network(planted, hub, monkeypatch):
+    """A traceback, no way out named, half a file left behind; a revision that is no full hash; a branch that moves."""
+    folder, publish = planted[0], hub[2]
+
+    def offline(*args, **kwargs):
+        raise urllib.error.URLError("no network here")
+    monkeypatch.setattr(urllib.request, "urlopen", offline)
+    before = sorted(folder.iterdir())
+    with pytest.raises(UserError) as error:
+        memorise(folder, "s.npz", features="dinov2_vitb14")
+    for words in ("https://dl.fbaipublicfiles.com/dinov2/dinov2_vitb14/dinov2_vitb14_pretrain.pth", "--weights takes",
+                  str(folder / "dinov2_vitb14_pretrain.pth"), "0b8b82f85de91b42",
+                  "--hub-dir a clone of https://github.com/facebookresearch/dinov2"):
+        assert words in str(error.value)
+    assert "\n" not in str(error.value) and sorted(folder.iterdir()) == before
+    asked = []
+    monkeypatch.setattr(torch.hub, "load", lambda where, *args, **flags: asked.append((where, flags)) or offline())
+    publish("weights.pth")
+    with pytest.raises(UserError, match="facebookresearch/dinov2:.* .URLError: .*no network here.*--hub-dir a clone"):
+        memorise(folder, "s.npz", "--weights", folder / "weights.pth", features="dinov2_vitb14")
+    (where, flags), = asked
+    assert len(where.split(":")[1]) == 40 and int(where.split(":")[1], 16) and flags["pretrained"] is False
+
+
+def test_memorize_bad_input_is_one_clear_line(planted, monkeypatch):
+    """A traceback, a number in place of a refusal, work begun before the refusal; files left behind."""
+    folder, train, generated = planted
+    nan = np.zeros((9, 8, 8, 3), np.float32)
+    nan[8, 0, 0, 0] = np.nan
+    np.savez(folder / "large.npz", pictures(3, 1, 16))
+    np.savez(folder / "unit.npz", np.abs(nan[:3]) + 0.5)
+    np.savez(folder / "range.npz", generated.astype(np.float32))
+    np.savez(folder / "nan.npz", nan)
+    np.savez(folder / "stats.npz", mu=np.zeros(5), sigma=np.eye(5))
+    np.savez(folder / "odd.npz", generated, protocol=np.array('{"sigma": NaN}'))
+    prepare(folder, "one", train[:1])
+    for words, *arguments in (
+            ("missing.npz: no such file", "missing.npz"), ("holds statistics; images", "stats.npz"),
+            (r"large.npz holds images of \(16, 16\), mine-8 of \(8, 8\)", "large.npz", "--size", 8),
+            ("mine-16.npy is not prepared: run python data.py mine --src", "large.npz"),
+            ("other-8.npy is not prepared", "s.npz", "--data", "other"),
+            ("one-8 holds 1 image: the nearest other", "s.npz", "--data", "one"),
+            ("unit.npz holds float images, none negative", "unit.npz"),
+            ("range.npz holds float images from", "range.npz"),
+            ("nan.npz holds values that are not finite", "nan.npz"), ("its protocol holds a number", "odd.npz"),
+            ("--batch 0: must be", "s.npz", "--batch", 0),
+            ("--out x.png: the name must end", "s.npz", "--out", "x.png")):
+        with pytest.raises(UserError, match=words) as error:
+            memorise(folder, *arguments)
+        assert "\n" not in str(error.value) and not list(folder.glob("*memorize*")), arguments
+    monkeypatch.setattr(memorize, "MAX_BYTES", 50 * 4 * 192 - 1)
+    with pytest.raises(UserError, match="--features pixels: .* GB of them, more than"):
+        memorise(folder, "s.npz")
+    monkeypatch.setattr(memorize, "MAX_BYTES", 50 * 4 * 192)
+    memorise(folder, "s.npz")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="one process: start it with python"):
+        memorise(folder, "s.npz")
+
+
 # ------------------------------------------------------------------------------------------------------------- toy3d.py
 
 @pytest.mark.parametrize("data", toy3d.DATA)
@@ -2179,7 +2625,8 @@ def test_toy_training_takes_the_cells_method_lambda_and_omega():
     ddpm = trained(method="ddpm")
     torch.testing.assert_close(trained(lam=0.0), ddpm, rtol=1e-4, atol=1e-6)
     variants = [ddpm, trained(), trained(lam=1.0), trained(omega=4.0), trained(lam_units="eps"), trained(method="ran"),
-                trained(method="inv"), trained(noise="clean"), trained(data="3-gaussians"), trained(seed=5)]
+                trained(method="inv"), trained(noise="clean"), trained(data="3-gaussians"), trained(seed=5),
+                trained(reg_share=0.25), weights_of(toy3d.train(CELLS[:1], 4, 16, balance=True), 0)]
     assert all((a - b).abs().max() > 1e-4 for a, b in itertools.combinations(variants, 2))
 
 
@@ -2282,16 +2729,17 @@ def test_toy_command_line_writes_table_and_figures(short_process, monkeypatch, t
     assert len(records) == 2 * 3 * 4 and len(claims) == 25 and records[0]["seeds"] == 2
     # after three steps no point may be near a mode, whose variance is then not a number
     assert all(math.isfinite(v) for r in records for key in toy3d.COLUMNS if key != "kept" for v in r[key])
+    assert "NaN" not in (tmp_path / "toy3d.json").read_text()
     assert "holds" in capsys.readouterr().out
     whole = (tmp_path / "toy3d.json").read_bytes()
-    for sweep, count in (("lam", 20), ("omega", 10)):
-        run_toy(monkeypatch, tmp_path, "--sweep", sweep)
+    for sweep, count in (("lam", 20), ("omega", 10), ("reg-share", 10)):
+        run_toy(monkeypatch, tmp_path, "--sweep", sweep, "--batch", "16")
         lines = [json.loads(line) for line in (tmp_path / f"toy3d-{sweep}.json").read_text().splitlines()]
         assert len([r for r in lines if "rms" in r]) == count
     run_toy(monkeypatch, tmp_path, "--data", "3-gaussians", "--noise", "clean", "--method", "ddpm")
     assert (tmp_path / "toy3d.json").read_bytes() == whole and (tmp_path / "toy3d-3-gaussians-clean-ddpm.json").exists()
     pytest.importorskip("matplotlib")
-    names = {"fig2a", "fig2b", "fig2c", "fig6-right", "fig10", "fig11", "toy3d-lam", "toy3d-omega"}
+    names = {"fig2a", "fig2b", "fig2c", "fig6-right", "fig10", "fig11", "toy3d-lam", "toy3d-omega", "toy3d-reg-share"}
     assert {path.stem for path in tmp_path.glob("*.png")} == names
 
 

@@ -4,6 +4,7 @@
     python toy3d.py --data oblique-plane --noise inlier --method adv
     python toy3d.py --sweep lam                             # noise removed against variance lost; both readings of lambda_t
     python toy3d.py --sweep omega
+    python toy3d.py --sweep reg-share                       # the regulariser on a share of the batch: price and quality
 
 The loss is train.py's, the sampler sample.py's, the attack attack.py's. All networks of a method (data sets, noises, seeds,
 and in a sweep the values of lambda or omega) train side by side in one batched network.
@@ -27,7 +28,7 @@ from torch import nn
 from attack import attacked_steps, fgsm, next_state
 from data import Progress, UserError, atomic_write, command_line
 from sample import generator, image_noise, sample
-from train import draw, radius, training_loss
+from train import balance_weight, draw, radius, regularised_rows, training_loss
 from unet import Schedule, at, timestep_embedding
 
 DATA, NOISES, METHODS = ["oblique-plane", "3-gaussians"], ["clean", "inlier", "outlier"], ["ddpm", "ran", "adv", "inv"]
@@ -38,7 +39,8 @@ ORANGE = "#D55E00"
 INLIER_P, INLIER_SIGMA = 0.9, 0.3       # share of the points and deviation of their Gaussian noise, in original units
 OUTLIER_P, GRID = 0.2, 16               # share of the points, and how many grid points along an edge of the bounding cube
 POINTS, HELD_OUT = 8192, 1 << 20        # training points of a network, each drawn and corrupted once; seed of other points
-SWEEPS = {"lam": [0.03, 0.1, 0.3, 0.5, 1.0], "omega": [1.0, 1.5, 2.0, 3.0, 4.0]}
+SWEEPS = {"lam": [0.03, 0.1, 0.3, 0.5, 1.0], "omega": [1.0, 1.5, 2.0, 3.0, 4.0],
+          "reg_share": [1.0, 1 / 2, 1 / 4, 1 / 8, 1 / 16]}
 SCORE_T, FIELD = 100, 21                # where score fields are compared, and on how many points an edge they are drawn
 TRACES, EVERY = 256, 10                 # trajectories kept for the figures, and every how many steps they are looked at
 ATTACKED, VICTIMS = 250, 64             # attacked steps of T, and samples attacked
@@ -56,6 +58,7 @@ class Cell(NamedTuple):
     lam: float = 0.3
     lam_units: str = "x"
     omega: float = 2.0
+    reg_share: float = 1.0
 
 
 # ----------------------------------------------------------------------------------------------------------- the data
@@ -72,12 +75,12 @@ def distribution(name):
     if name == "oblique-plane":         # x + y + z = 30; deviation 1 along the plane, so that noise of 0.3 is strong
         means, normal = torch.full((1, 3), 10.0, dtype=torch.float64), torch.full((3,), 3 ** -0.5, dtype=torch.float64)
         d = SimpleNamespace(means=means, inside=eye - torch.outer(normal, normal), deviation=1.0, stray=0.9, origin=means[0],
-                            basis=torch.stack([LEFT, normal]), labels=("along the plane", "distance from the plane"), flow=1,
+                            basis=torch.stack([LEFT, normal]), labels=("along the plane (data units)", "distance from the plane (data units)"), flow=1,
                             reach=2.5)
     else:
         means = torch.tensor([[10, 10, 10], [20, 20, 20], [10, 30, 30]], dtype=torch.float64)
         d = SimpleNamespace(means=means, inside=eye, deviation=0.25, stray=1.5, origin=torch.zeros_like(means[0]),
-                            basis=torch.stack([eye[0], INSIDE]), labels=("x", "(y + z) / √2"), flow=0, reach=20.0)
+                            basis=torch.stack([eye[0], INSIDE]), labels=("x (data units)", "(y + z) / √2 (data units)"), flow=0, reach=20.0)
     d.covariance, d.centre = d.deviation ** 2 * d.inside, means.mean(dim=0)
     d.scale = (d.covariance.trace() / 3 + (means - d.centre).square().mean(dim=0).mean()).sqrt().item()
     middle, half = (means.amax(0) + means.amin(0)) / 2, (means.amax(0) - means.amin(0)).max() / 2
@@ -151,16 +154,18 @@ class Networks(nn.Module):
         return h
 
 
-def train(cells, steps, batch, lr=3e-3):
-    """Trains one network per cell, all of one method and one reading of lambda_t, side by side by Algorithm 1.
+def train(cells, steps, batch, balance=False, lr=3e-3):
+    """Trains one network per cell, all of one method, reading of lambda_t and share, side by side by Algorithm 1.
 
-    What becomes of a network depends on its cell alone. -> Networks, without gradients.
+    balance, and a share of the batch that is regularised: see train.py's `balance_weight` and `regularised_rows`. What becomes of a network depends on its cell alone. -> Networks, without gradients.
     """
     schedule, rows = Schedule.named("linear", T).to("cpu"), torch.arange(len(cells))[:, None]
     seeds, which = seeds_of(cells)
+    parts = regularised_rows(range(batch), cells[0].reg_share, cells[0].method)
     points = torch.stack([standardised(c.data, training_points(c.data, c.noise, c.seed)) for c in cells])   # [S, POINTS, 3]
     order = torch.stack([torch.randint(POINTS, (steps, batch), generator=generator(ORDER_STREAM, s)) for s in seeds])
     lam, omega = torch.tensor([[c.lam] for c in cells]), torch.tensor([[c.omega] for c in cells])           # [S, 1]
+    regularisation = lam, cells[0].lam_units, omega
     nets = Networks([c.seed for c in cells])
     optimizer = torch.optim.AdamW(nets.parameters(), lr=lr, weight_decay=0.0, fused=True)
     rate = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
@@ -168,10 +173,13 @@ def train(cells, steps, batch, lr=3e-3):
     for step in range(steps):
         draws = zip(*(draw(seed, step, batch, (3,), T, "cpu") for seed in seeds))
         t, beta, eps, u = (torch.stack(part)[which] for part in draws)                              # [S, B], ... [S, B, 3]
-        terms = training_loss(nets, schedule, points[rows, order[which, step]], t, eps, beta, u, cells[0].method, lam,
-                              cells[0].lam_units, omega)
+        x_0, loss = points[rows, order[which, step]], 0
+        for part, method in parts:
+            terms = training_loss(nets, schedule, x_0[:, part], *(d[:, part] for d in (t, eps, beta, u)), method, *regularisation)
+            weight = balance_weight(schedule, t[:, part], *regularisation) if balance else 1
+            loss = loss + sum(weight * term / (cells[0].reg_share if name == "reg" else 1) for name, term in terms.items()).sum()
         optimizer.zero_grad()
-        sum(terms.values()).mean(dim=1).sum().backward()    # a sum over networks: none sees another's gradient
+        (loss / batch).backward()                           # a sum over networks: none sees another's gradient
         optimizer.step()
         rate.step()
         progress.update(step + 1)
@@ -325,7 +333,8 @@ CLAIMS = [
 
 def summary(cells, results, sweep):
     """Mean and deviation over seeds -> a record, a dict, for every configuration; CLAIMS know it by its `name`."""
-    name, runs = {None: "{noise} {method}", "lam": "{noise} {lam_units} {lam:g}", "omega": "{noise} {omega:g}"}[sweep], {}
+    name, runs = {None: "{noise} {method}", "lam": "{noise} {lam_units} {lam:g}", "omega": "{noise} {omega:g}",
+            "reg_share": "{noise} {reg_share:g}"}[sweep], {}
     for cell, (numbers, _, _) in zip(cells, results):
         runs.setdefault(cell._replace(seed=None), []).append(numbers)
     records = []
@@ -397,7 +406,7 @@ def draw_panel(axes, kind, data, noise, method, shown):
         arrow = (score @ d.basis.T).numpy() / d.scale                           # per unit of length
         length = np.linalg.norm(arrow, axis=1)
         image = axes.pcolormesh(*(c.reshape(FIELD, FIELD) for c in (u, v, length)), cmap="cividis", shading="nearest")
-        axes.quiver(u, v, *(arrow / length[:, None]).T, color="white", scale=30, width=0.004)
+        axes.quiver(u, v, *(arrow / length.clip(min=1e-12)[:, None]).T, color="white", scale=30, width=0.004)
         return image, "length of the score"
     image = None
     if kind == "paths":
@@ -435,7 +444,7 @@ def draw_figures(out, cells, results, plt):
     return paths + [save(figure, out / "fig2c.png")]
 
 
-def draw_sweep(out, records, sweep, plt):
+def draw_sweep(path, records, sweep, plt):
     """Draws the trade-off of a sweep: noise left against variance kept, a line per reading of lambda_t. -> the path."""
     figure, ax = plt.subplots(figsize=(4.8, 3.6), layout="constrained")
     clean, inlier = ([r for r in records if r["noise"] == noise] for noise in NOISES[:2])
@@ -447,9 +456,9 @@ def draw_sweep(out, records, sweep, plt):
             for x, y, value in zip(kept[:, 0], rms[:, 0], values):
                 ax.annotate(f"{value:g}", (x, y), textcoords="offset points", xytext=(4, 4), fontsize=8)
     ax.set(xlabel="variance kept, trained on clean data", ylabel="rms distance, trained on inlier noise",
-           title=f"{records[0]['data']}: {dict(lam='λ', omega='ω')[sweep]} beside each point")
+           title=f"{records[0]['data']}: {dict(lam='λ', omega='ω', reg_share='share regularised')[sweep]} beside each point")
     ax.legend()
-    return save(figure, out / f"toy3d-{sweep}.png")
+    return save(figure, path)
 
 
 def save(figure, path):
@@ -469,7 +478,9 @@ def arguments():
     add("--data", choices=DATA, help="one data set (default: both; a sweep: oblique-plane)")
     add("--noise", choices=NOISES, help="one corruption of the training data (default: all; a sweep: clean and inlier)")
     add("--method", choices=METHODS, help="one method (default: all; a sweep: adv)")
-    add("--sweep", choices=list(SWEEPS), help="vary lambda, with both readings of lambda_t, or omega instead")
+    add("--sweep", choices=[name.replace("_", "-") for name in SWEEPS], help="vary lambda, with both readings of lambda_t, "
+        "or omega, or the share of the batch that is regularised instead")
+    add("--balance", action="store_true", help="divide the loss at t by 1 + lambda_t, see train.py")
     add("--lam", type=float, default=0.3, help="lambda, the strength of the regulariser (default 0.3)")
     add("--lam-units", choices=["x", "eps"], default="x", help="lambda_t = lambda sqrt(3) / (beta R): R in units of x_t "
         "(default) or of eps")
@@ -480,6 +491,9 @@ def arguments():
     add("--n", type=int, default=512, help="samples a network (default 512)")
     add("--out", type=Path, default=Path("results"), help="folder for table and figures (default results/)")
     args = parser.parse_args()
+    args.sweep = args.sweep and args.sweep.replace("-", "_")
+    if args.sweep == "reg_share" and args.batch % 16:
+        raise UserError(f"--batch {args.batch}: must be a multiple of 16, for a share of 1/16")
     for name, least in (("seeds", 1), ("steps", 1), ("batch", 1), ("n", VICTIMS), ("lam", 0), ("omega", 1)):
         if not least <= getattr(args, name) < math.inf:
             raise UserError(f"--{name} {getattr(args, name)}: must be at least {least}")
@@ -501,17 +515,20 @@ def main():
     cells, results = [], []
     for group in groups:
         cells += group
-        results += measure(train(group, args.steps, args.batch), group, args.n)
+        results += measure(train(group, args.steps, args.batch, args.balance), group, args.n)
     records = summary(cells, results, args.sweep)
     claims = check_claims(records)
-    name = "-".join(["toy3d", *(v for v in (args.sweep, args.data, args.noise, args.method) if v)])
-    protocol = dict(steps=args.steps, batch=args.batch, n=args.n, seeds=args.seeds)
+    balanced = "balance" if args.balance else None
+    name = "-".join(["toy3d", *(v.replace("_", "-") for v in (args.sweep, args.data, args.noise, args.method, balanced) if v)])
+    protocol = dict(steps=args.steps, batch=args.batch, n=args.n, seeds=args.seeds, balance=args.balance)
+    strict = lambda value: [v if math.isfinite(v) else None for v in value] if isinstance(value, list) else value   # no NaN in JSON
     with atomic_write(args.out / f"{name}.json") as temporary:
-        temporary.write_text("".join(json.dumps(record | protocol) + "\n" for record in records + claims))
+        temporary.write_text("".join(json.dumps({k: strict(v) for k, v in (record | protocol).items()}) + "\n"
+                                     for record in records + claims))
     made = [args.out / f"{name}.json"]
     if plt and args.sweep:
-        made.append(draw_sweep(args.out, records, args.sweep, plt))
-    elif plt and not (args.data or args.noise or args.method):
+        made.append(draw_sweep(args.out / f"{name}.png", records, args.sweep, plt))
+    elif plt and name == "toy3d":
         made += draw_figures(args.out, cells, results, plt)
     number = lambda key, r: f"{r[key][0]:.3f}±{r[key][1]:.3f}"
     print_table([["data", "configuration", *COLUMNS.values()]]
@@ -525,15 +542,16 @@ def main():
 
 
 def configurations(args):
-    """The networks that the command line asks for, in groups that train side by side: one method and reading of lambda_t."""
+    """The networks that the command line asks for, in groups that train side by side: see `train`."""
     one = lambda chosen, all: [chosen] if chosen else all
     noises, sweep = one(args.noise, NOISES[:2] if args.sweep else NOISES), args.sweep
-    varied = [{sweep: value} for value in SWEEPS[sweep]] if sweep else [{}]
+    varied = [{sweep: value} for value in SWEEPS[sweep]] if sweep in ("lam", "omega") else [{}]
     base = [Cell(data, noise, "", seed, args.lam, "", args.omega)._replace(**change) for data, noise, change, seed in itertools.product(
         one(args.data, DATA[:1] if sweep else DATA), noises, varied, range(args.seeds))]
-    return [[cell._replace(method=method, lam_units=units) for cell in base]
+    return [[cell._replace(method=method, lam_units=units, reg_share=share) for cell in base]
             for method in one(args.method, ["adv"] if sweep else METHODS)
-            for units in (("x", "eps") if sweep == "lam" else (args.lam_units,))]
+            for units in (("x", "eps") if sweep == "lam" else (args.lam_units,))
+            for share in (SWEEPS[sweep] if sweep == "reg_share" else [1.0])]
 
 
 if __name__ == "__main__":

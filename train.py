@@ -3,6 +3,7 @@
     python train.py --data shapes --p 0.9 --sigma 0.2                              # small network, any machine
     torchrun train.py --data cifar10 --p 0.9 --sigma 0.2                           # the paper's Robust_adv
     torchrun --nproc_per_node 8 train.py --data cifar10 --method ddpm --out runs/ddpm
+    python train.py --data cifar10 --p 0.9 --sigma 0.2 --method ambient --flags conf1                   # Table 5's baseline
     python train.py --data cifar10 --init cifar10_uncond_50M_500K.pt --schedule cosine --timesteps 4000 --learn-sigma
 
 The same command again goes on from the last checkpoint. RUN/checkpoint.pt is what sample.py and the others take.
@@ -30,6 +31,7 @@ from sample import generator, image_noise, sample, split_output, stream_seed
 from unet import (PRESETS, Schedule, UNet, at, expand, in_bfloat16, load_checkpoint, network_of, save_checkpoint,
                   start_processes)
 
+FLAG_STREAM = 0x5EED    # of the draws of wrong flags (conf1), apart from the corruption's own
 GRID = 36               # images of a sample grid, made with 50 DDIM steps
 # What may change between two runs of the same training: how it is run and for how long, not what is learned.
 FREE = {"steps", "microbatch", "save_every", "sample_every", "compile"}
@@ -47,6 +49,16 @@ def regularisation_weight(schedule, t, beta, r, lam=0.3, lam_units="x"):
     """lambda_t = lambda sqrt(3) / (beta R), R the ball's radius in units of x_t (`x`) or of eps (`eps`). -> [B...]."""
     R = schedule.sqrt_one_minus_alpha_bar[t] * r if lam_units == "x" else r
     return lam * math.sqrt(3) / (beta * R)
+
+
+def balance_weight(schedule, t, lam=0.3, lam_units="x", omega=2.0, gamma=8 / 255):
+    """1 / (1 + lambda_t) at beta = 1, for `--balance`: makes of the loss at t a mean of its two terms. t [B...] -> [B...].
+
+    A positive factor of t alone leaves the minimiser at every t what it is; but no t drowns the others' gradients any more,
+    as the regulariser's weight, 16 / beta^2 near t = 0, does.
+    """
+    one = torch.ones_like(t, dtype=schedule.sqrt_one_minus_alpha_bar.dtype)
+    return 1 / (1 + regularisation_weight(schedule, t, one, radius(schedule, t, one, omega, gamma), lam, lam_units))
 
 
 def mean_square(x, t):
@@ -97,6 +109,33 @@ def training_loss(model, schedule, x_0, t, eps, beta, u, method="adv", lam=0.3, 
     return terms
 
 
+def ambient_loss(model, schedule, y, t, eps, sigma_n):
+    """The noise-aware baseline of Table 5 (Daras et al. 2024a for a network that predicts eps), sample by sample.
+
+    y [B, *] data with noise of a KNOWN deviation sigma_n [B], 0 for a clean sample, whose loss is Eq. 3's. y is only ever
+    diffused further: timesteps with less noise than y has itself teach nothing. -> dict of [B]: `ddpm`.
+    """
+    sigma_t = schedule.sqrt_one_minus_alpha_bar[t] / schedule.sqrt_alpha_bar[t]     # the noise of x_t / sqrt(alpha_bar)
+    usable = sigma_t > sigma_n
+    keep = torch.where(usable, 1 - (sigma_n / sigma_t).square(), 1.0)               # 1 - rho: the share that eps adds
+    x_t = at(schedule.sqrt_alpha_bar, t, y) * (y + expand(sigma_t * keep.sqrt(), y) * eps)
+    eps_hat, _ = split_output(model(x_t, t), x_t)
+    return {"ddpm": usable * keep * mean_square(eps - expand(keep.sqrt(), y) * eps_hat, t)}
+
+
+def assumed_noise(images, flags, sigma_known):
+    """What the noise-aware baseline is told of every image: its deviation sigma_known or 0. -> float32 [N].
+
+    flags: `oracle` the truth; `conf1` each image's flag is right with probability 1 - p, decided once; `conf2` all noisy.
+    """
+    noisy = np.ones(len(images), bool)
+    if flags != "conf2":
+        noisy = images.corrupted(np.arange(len(images)))
+    if flags == "conf1":
+        noisy ^= np.random.default_rng([images.data_seed, FLAG_STREAM]).random(len(images)) < images.p
+    return np.float32(sigma_known) * noisy.astype(np.float32)
+
+
 def variational_bound(schedule, x_0, x_t, t, eps_hat, v):
     """The term of L_vlb at t in bits per dimension: it trains the variance (Nichol & Dhariwal 2021, L_hybrid). -> [B]."""
     small, log_variance = schedule.log_variance("small", x_t, t), schedule.log_variance("learned", x_t, t, v)
@@ -124,6 +163,17 @@ def draw(seed, step, batch, shape, timesteps, device):
     eps = torch.randn(batch, *shape, generator=g, device=device)
     u = 2 * torch.rand(batch, *shape, generator=g, device=device) - 1
     return t, beta, eps, u
+
+
+def regularised_rows(rows, reg_share, method):
+    """Which rows of the batch carry the regulariser: one in 1 / reg_share. -> [(rows, method)], the others as `ddpm`.
+
+    Order, t and eps are drawn afresh for every step, so that fixed rows are a random share of them. A share is computed by
+    itself, and not as a part of one pass over all rows: dropout has one mask for all passes over a row.
+    """
+    every = 1 if method in ("ddpm", "ambient") else round(1 / reg_share)
+    parts = [([row for row in rows if row % every == 0], method), ([row for row in rows if row % every], "ddpm")]
+    return [(part, method) for part, method in parts if part]
 
 
 @functools.lru_cache(maxsize=2)
@@ -158,32 +208,48 @@ class Trainer:
         self.rows = range(process.rank * share, (process.rank + 1) * share)     # this process's part of the global batch
         self.microbatch = min(microbatch or share, share)
 
-    def losses(self, x_0, rows, noise, method):
-        """The loss terms of some rows of the global batch, x_0 their images: scalars, summed over rows / batch."""
-        t, beta, eps, u = (part[rows.start:rows.stop] for part in noise)
+    def losses(self, x_0, rows, noise, method, sigma_n=None):
+        """The loss terms of some rows of the global batch, x_0 their images: scalars, summed over rows / batch.
+
+        sigma_n [rows]: what `ambient` is told of them.
+        """
+        settings = self.settings
+        t, beta, eps, u = (part[rows] for part in noise)
 
         def network(x, t):
             if self.config["network"]["dropout"]:           # one mask for all passes of a step, or Eq. 6 measures dropout
-                torch.manual_seed(stream_seed(self.settings["seed"], self.step * self.settings["batch"] + rows.start))
+                torch.manual_seed(stream_seed(settings["seed"], self.step * settings["batch"] + rows[0]))
             return self.network(x, t)
 
-        terms = training_loss(network, self.schedule, x_0, t, eps, beta, u, method, self.settings["lam"],
-                              self.settings["lam_units"], self.settings["omega"], self.settings["gamma"])
-        return {name: term.sum() / self.settings["batch"] for name, term in terms.items()}
+        regularisation = [settings[name] for name in ("lam", "lam_units", "omega", "gamma")]
+        if method == "ambient":
+            terms = ambient_loss(network, self.schedule, x_0, t, eps, sigma_n)
+        else:
+            terms = training_loss(network, self.schedule, x_0, t, eps, beta, u, method, *regularisation)
+        if "reg" in terms:                                  # the mean over a share stands for that over all
+            terms["reg"] = terms["reg"] / settings["reg_share"]
+        if settings["balance"]:
+            terms = {name: balance_weight(self.schedule, t, *regularisation) * term for name, term in terms.items()}
+        return {name: term.sum() / settings["batch"] for name, term in terms.items()}
 
     def noise(self, shape):
         """Algorithm 1's draws for the whole batch of the step that comes next."""
         return draw(self.settings["seed"], self.step, self.settings["batch"], shape, len(self.schedule), self.process.device)
 
-    def advance(self, x_0):
-        """One step of Algorithm 1 on x_0 [rows, C, H, W], this process's part of the batch. -> its loss terms, tensors."""
+    def advance(self, x_0, sigma_n=None):
+        """One step of Algorithm 1 on x_0 [rows, C, H, W], this process's part of the batch. -> its loss terms, tensors.
+
+        sigma_n [rows]: for the method `ambient`, see `assumed_noise`.
+        """
         noise, totals = self.noise(x_0.shape[1:]), {}
         self.optimizer.zero_grad()
-        for first in range(0, len(x_0), self.microbatch):
-            rows = self.rows[first:first + self.microbatch]
-            terms = self.losses(x_0[first:first + len(rows)], rows, noise, self.settings["method"])
-            sum(terms.values()).backward()
-            totals = {name: totals.get(name, 0) + term.detach() for name, term in terms.items()}
+        for part, method in regularised_rows(self.rows, self.settings["reg_share"], self.settings["method"]):
+            for rows in (part[first:first + self.microbatch] for first in range(0, len(part), self.microbatch)):
+                here = [row - self.rows.start for row in rows]
+                terms = self.losses(x_0[here], rows, noise, method, None if sigma_n is None else sigma_n[here])
+                sum(terms.values()).backward()
+                totals = {name: totals.get(name, 0) + terms[name].detach() if name in terms else totals[name]
+                          for name in totals | terms}
         if self.process.world > 1:                          # one sum for everything: gradients, then the losses
             sent = [p.grad for p in self.parameters] + list(totals.values())
             flat = torch.cat([part.flatten() for part in sent])
@@ -202,9 +268,11 @@ class Trainer:
     def cost(self, x_0, method):
         """Seconds of a loss and its gradients per image, measured on x_0 without any effect on the training."""
         noise, seconds = self.noise(x_0.shape[1:]), []
+        parts = regularised_rows(range(len(x_0)), self.settings["reg_share"], method)
         for _ in range(4):
             began = time.perf_counter()
-            sum(self.losses(x_0, self.rows[:len(x_0)], noise, method).values()).backward()
+            for rows, method in parts:
+                sum(self.losses(x_0[rows], rows, noise, method).values()).backward()
             if self.process.device.type == "cuda":
                 torch.cuda.synchronize()
             seconds.append(time.perf_counter() - began)
@@ -275,13 +343,20 @@ def arguments():
     add("--sample-every", type=int, default=0, help="steps between sample grids (default 0: only at the end)")
     group = parser.add_argument_group("the method (section 2)")
     add = group.add_argument
-    add("--method", choices=["adv", "ran", "inv", "ddpm"], default="adv",
-        help="Eq. 6 with adversarial or random delta, Eq. 14, or Eq. 3 (default adv)")
+    add("--method", choices=["adv", "ran", "inv", "ddpm", "ambient"], default="adv",
+        help="Eq. 6 with adversarial or random delta, Eq. 14, Eq. 3, or Table 5's noise-aware baseline (default adv)")
     add("--lam", type=float, default=0.3, help="lambda, the strength of the regulariser (default 0.3)")
     add("--lam-units", choices=["x", "eps"], default="x", help="lambda_t = lambda sqrt(3) / (beta R): R in units of x_t "
         "(default) or of eps")
     add("--omega", type=float, default=2.0, help="Eq. 7's exponent (default 2)")
     add("--gamma", type=float, default=8 / 255, help="Eq. 7's bias (default 8/255)")
+    add("--reg-share", type=float, default=1.0, help="share of the batch on which the regulariser is computed, 1, 1/2, 1/3 "
+        "...: a step costs (3 + 5 share) / 3 of DDPM's (default 1, the paper's)")
+    add("--balance", action="store_true", help="divide the loss at t by 1 + lambda_t: the same minimiser, and high noise "
+        "levels are learnt much sooner (default: the paper's sum)")
+    add("--flags", choices=["oracle", "conf1", "conf2"], default="oracle", help="what ambient is told of each image's noise: "
+        "the truth, a flag that is wrong with probability p, or that all are noisy (default oracle)")
+    add("--sigma-known", type=float, help="the deviation that ambient is told (default --sigma, or 0.1 where that is 0)")
     group = parser.add_argument_group("the data (prepared by data.py)")
     add = group.add_argument
     add("--data", default="shapes", help="name of a data set (default shapes)")
@@ -310,7 +385,14 @@ def arguments():
         if getattr(args, name) is None:
             setattr(args, name, value)
     args.out = args.out or Path("runs") / f"{args.data}-{args.method}"
-    for name in ("steps", "batch", "microbatch", "save_every", "lr", "lam", "gamma", "channels", "res_blocks", "heads"):
+    if args.method == "ambient":
+        args.sigma_known = args.sigma_known or args.sigma or 0.1
+        if args.learn_sigma:
+            raise UserError("--method ambient --learn-sigma: the baseline learns no variance; leave out --learn-sigma")
+    else:
+        args.flags = args.sigma_known = None
+    for name in ("steps", "batch", "microbatch", "save_every", "lr", "lam", "gamma", "reg_share", "sigma_known", "channels",
+                 "res_blocks", "heads"):
         value = getattr(args, name)
         if value is not None and not 0 < value < math.inf:
             raise UserError(f"--{name.replace('_', '-')} {value}: must be positive")
@@ -319,6 +401,10 @@ def arguments():
         value = getattr(args, name)
         if value is not None and not low <= value <= high:
             raise UserError(f"--{name.replace('_', '-')} {value}: must be from {low} to {high}")
+    every = round(1 / args.reg_share)
+    if every < 1 or abs(every * args.reg_share - 1) > 1e-2 or args.batch % every:
+        raise UserError(f"--reg-share {args.reg_share}: must be 1, 1/2, 1/3 ... of --batch {args.batch}, in whole images")
+    args.reg_share = 1 / every
     return args
 
 
@@ -342,8 +428,9 @@ def configuration(args, images, init):
         network["dropout"] = chosen.get("dropout", network["dropout"])
     data = dict(name=args.data, size=images.size, count=len(images), p=args.p, sigma=args.sigma, data_seed=args.data_seed,
                 low=float(images.low), high=float(images.high), float_data=images.array.dtype != np.uint8)
-    training = {name: getattr(args, name) for name in ("method", "lam", "lam_units", "omega", "gamma", "batch", "lr", "ema",
-                                                       "amp", "seed")} | dict(init=args.init and str(args.init))
+    training = {name: getattr(args, name) for name in (
+        "method", "lam", "lam_units", "omega", "gamma", "reg_share", "balance", "flags", "sigma_known", "batch", "lr", "ema",
+        "amp", "seed")} | dict(init=args.init and str(args.init))
     return dict(network=network, process=process, data=data, training=training)
 
 
@@ -406,11 +493,13 @@ def main():
         if first:
             log.write(json.dumps(values) + "\n")
 
+    assumed = assumed_noise(images, args.flags, args.sigma_known) if args.method == "ambient" else None
+
     def read(step):
-        """This process's images of a step, on its way to the device."""
+        """This process's images of a step, and what `ambient` is told of them, on their way to the device."""
         index = batch_indices(args.seed, step, args.batch, len(images))[trainer.rows.start:trainer.rows.stop]
-        batch = torch.from_numpy(images.read(index))
-        return batch.pin_memory() if process.device.type == "cuda" else batch
+        batch = [torch.from_numpy(images.read(index))] + ([] if assumed is None else [torch.from_numpy(assumed[index])])
+        return [part.pin_memory() if process.device.type == "cuda" else part for part in batch]
 
     def save():
         if first:
@@ -418,18 +507,20 @@ def main():
 
     reader = ThreadPoolExecutor(1)                          # reads the next batch while the network works
     upcoming = reader.submit(read, trainer.step)
-    few = upcoming.result()[:trainer.microbatch if process.device.type == "cuda" else 8].to(process.device)
-    plain = trainer.cost(few, "ddpm")
-    seconds = plain if args.method == "ddpm" else trainer.cost(few, args.method)
+    few = upcoming.result()[0][:trainer.microbatch if process.device.type == "cuda" else max(8, round(1 / args.reg_share))]
+    plain = trainer.cost(few.to(process.device), "ddpm")
+    seconds = plain if args.method in ("ddpm", "ambient") else trainer.cost(few.to(process.device), args.method)
     price = f"x{seconds / plain:.2f} a plain DDPM step" + (" (the paper says x2.5)" if args.method == "adv" else "")
     estimate = seconds * len(trainer.rows) * (args.steps - trainer.step) / 60
     some = images.read(np.arange(min(len(images), 1000, 1 + 1000 * 32**2 // images.size**2)))    # LSUN's 1000 fill gigabytes
-    method = "" if args.method == "ddpm" else f", lambda {args.lam} ({args.lam_units} units), omega {args.omega}, gamma {args.gamma:.4f}"
+    method = f", lambda {args.lam} ({args.lam_units} units), omega {args.omega}, gamma {args.gamma:.4f}, on {args.reg_share:g} of the batch"
+    if args.method == "ambient":
+        method = f", sigma {args.sigma_known} known, {100 * (assumed > 0).mean():.1f} % of the images taken for noisy ({args.flags})"
     say(f"data      {args.data} {images.size}x{images.size}, {len(images)} images, {100 * args.p:g} % of them with noise of "
         f"sigma {args.sigma} (data seed {args.data_seed}); noise estimate {noise_estimate(some).mean():.3f}\n"
         f"network   {sum(p.numel() for p in trainer.parameters) / 1e6:.2f} M parameters ({args.preset})"
         f"{f', from {args.init}' if args.init else ''}; {config['process']['schedule']} schedule, T = {len(trainer.schedule)}\n"
-        f"method    {args.method}{method}: {price}\n"
+        f"method    {args.method}{'' if args.method == 'ddpm' else method}{', balanced' if args.balance else ''}: {price}\n"
         f"training  steps {trainer.step} to {args.steps}, batch {args.batch} on {process.world} {process.device.type} "
         f"process(es), {'bfloat16' if args.amp else 'float32'}: about {estimate:.0f} minutes\n"
         f"output    {args.out}/checkpoint.pt every {args.save_every} steps, log.jsonl, sample grids")
@@ -451,9 +542,9 @@ def main():
     broken = torch.full((), math.inf, device=process.device)    # the first step with a loss that is not finite
     progress = Progress(args.steps - began_at, "steps", "training") if first else None
     while trainer.step < args.steps:
-        x_0 = upcoming.result().to(process.device, non_blocking=True)
+        batch = [part.to(process.device, non_blocking=True) for part in upcoming.result()]
         upcoming = reader.submit(read, trainer.step + 1)
-        terms = trainer.advance(x_0)
+        terms = trainer.advance(*batch)
         step = trainer.step
         sums = {name: sums.get(name, 0) + term for name, term in terms.items()}
         counted += 1
