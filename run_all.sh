@@ -71,12 +71,12 @@ export -f one_job
 
 run_phases() {
     local phase data file found
-    for phase in data train tune sample score; do
+    for phase in images data train tune sample score; do
         for data in $DATASETS subspace; do                  # one fid.py for all samples of a data set
             if [ $phase = score ] && [ -s "$QUEUE.fid-$data" ]; then
                 found=""
                 while read -r file; do if [ -e "$file" ]; then found="$found $file"; fi; done < "$QUEUE.fid-$data"
-                if [ -n "$found" ]; then echo "$LAUNCH -- fid.py$found --ref $data --data-dir $DATA $SCORE" >> "$QUEUE.score"; fi
+                if [ -n "$found" ]; then echo "$LAUNCH -- fid.py$found --ref $data --data-dir $DATA $(if [ "$data" != subspace ]; then echo "$SCORE"; fi)" >> "$QUEUE.score"; fi
                 rm "$QUEUE.fid-$data"
             fi
         done
@@ -113,7 +113,9 @@ samples() {
 
 # score DATA SAMPLES: by fid.py, together with all others of the same data set
 score() {
-    job "fid-$1" "$2.$METRIC.json" "$2"
+    local metric=$METRIC
+    if [ "$1" = subspace ]; then metric=fd-exact; fi
+    job "fid-$1" "$2.$metric.json" "$2"
 }
 
 # pair DATA P SIGMA: ddpm and adv, sampled with all steps of DDPM and with DDIM, for every seed
@@ -134,26 +136,28 @@ one() {
     samples "$(run_of "$1" "$2" "$3" "$4" "$5")" ddpm "$FULL"
 }
 
+# prepare DATA: CELEBA=img_align_celeba.zip and so on say where data.py finds what it cannot download.
 prepare() {
-    local file
-    file="$DATA/$1-$(size "$1" | tr -dc 0-9).npy"
-    # shellcheck disable=SC2046
-    job data "$file" "$PYTHON" data.py "$1" $(size "$1") --out "$DATA" $(source_of "$1")
+    local name=$1 phase=data source size
+    size=$(size "$name")
+    case "$name" in
+        subspace)
+            source="--images $SUBSPACE_IMAGES"
+            if [ "$SUBSPACE_IMAGES" != shapes ]; then prepare "$SUBSPACE_IMAGES"; fi ;;
+        *)
+            phase=images
+            source=$(echo "$name" | tr '[:lower:]' '[:upper:]')
+            source=${!source:+--src ${!source}} ;;
+    esac
+    # shellcheck disable=SC2086
+    job $phase "$DATA/$name-${size#--size }.npy" "$PYTHON" data.py "$name" $size --out "$DATA" $source
 }
 
 size() {
-    case "$1" in
-        cifar10) echo --size 32 ;; celeba | imagenet64) echo --size 64 ;; lsun_bedroom) echo --size 256 ;;
-        subspace) echo --size "$SUBSPACE" ;;
-    esac
-}
-
-# Where data.py finds what it cannot download: CELEBA=img_align_celeba.zip and so on.
-source_of() {
-    local name
-    case "$1" in
-        subspace) echo --images "$SUBSPACE_IMAGES" ;;
-        *) name=$(echo "$1" | tr '[:lower:]' '[:upper:]'); if [ -n "${!name:-}" ]; then echo --src "${!name}"; fi ;;
+    case "$SCALE-$1" in
+        dry-*) echo --size 16 ;;
+        *-cifar10) echo --size 32 ;; *-celeba | *-imagenet64) echo --size 64 ;; *-lsun_bedroom) echo --size 256 ;;
+        *) echo "--size $SUBSPACE" ;;
     esac
 }
 
@@ -271,14 +275,12 @@ table5() {
 # Beyond the paper: the regulariser on a share of the batch, with and without --balance, on 8x8 subspace data, where a step
 # is arithmetic and not overhead
 price() {
-    local share run balance
+    local share
     job data "$DATA/subspace-8.npy" "$PYTHON" data.py subspace --size 8 --images shapes --out "$DATA"
-    run=$ROOT/limits/ddpm
-    price_of "$run" --method ddpm
-    for share in 1 0.5 0.25 0.125 0.0625; do
-        for balance in "" --balance; do
-            price_of "$ROOT/limits/adv-share$share$balance" --method adv --reg-share $share $balance
-        done
+    price_of "$ROOT/limits/ddpm" --method ddpm
+    for share in 1 0.5 0.25 0.125 0.0625; do price_of "$ROOT/limits/adv-share$share" --method adv --reg-share $share; done
+    for share in 1 0.25; do
+        price_of "$ROOT/limits/adv-share$share-balance" --method adv --reg-share $share --balance
     done
 }
 
@@ -300,7 +302,7 @@ quick() {
     LANES=${LANES:-$(cores)}
     LAUNCH=$PYTHON
     MAIN=subspace DATASETS=subspace FIG7=subspace FIG7_SIGMAS=0.2 TABLE4=subspace SUBSPACE=4 SUBSPACE_IMAGES=shapes
-    SEEDS="0 1 2" STEPS=600 TUNE=150 FULL=100 DDIM=50 N=512 N_ATTACK=128 METRIC=fd-exact
+    SEEDS="0 1 2" STEPS=600 TUNE=150 FULL=100 DDIM=50 N=512 N_ATTACK=128 METRIC=
     TRAIN="--preset small --mult 1 --batch 64 --lr 1e-3 --ema 0.99 --sample-every 150"
     SAMPLE="--batch 256" SCORE="" ATTACK="--iters 5 --eot 2" MEMORIZE="--features pixels"
     ABOUT="4x4 subspace data, $STEPS steps a model: about 35 minutes on two slow cores"
@@ -318,8 +320,10 @@ paper() {
     LAUNCH="$PYTHON -m torch.distributed.run --nproc_per_node $gpus"
     if [ "${NNODES:-1}" -gt 1 ]; then
         LAUNCH="$LAUNCH --nnodes $NNODES --node_rank $NODE_RANK --master_addr $MASTER_ADDR --master_port ${MASTER_PORT:-29500}"
-    else
+    elif [ "$gpus" -gt 1 ]; then
         LAUNCH="$LAUNCH --standalone"
+    else
+        LAUNCH=$PYTHON
     fi
     ABOUT="$STEPS steps a model on $gpus process(es): every training prints its own estimate in its first minute"
 }
@@ -328,10 +332,21 @@ paper() {
 dry() {
     paper
     ROOT=runs/dry RESULTS=results-dry DATA=runs/dry/data LANES=${LANES:-$(cores)}
-    STEPS=2 TUNE=2 N=2 N_ATTACK=2 METRIC=fd-pixels SUBSPACE=8
-    TRAIN="--sample-every 50000 --channels 32 --res-blocks 1 --mult 1,1 --attn 8 --heads 2 --batch 4 --timesteps 1000"
+    STEPS=2 TUNE=2 N=2 N_ATTACK=2 METRIC=fd-pixels SUBSPACE=16
+    TRAIN="--sample-every 50000 --channels 32 --res-blocks 1 --mult 1,1 --attn 8 --heads 2 --batch 4 --timesteps 25"
     SAMPLE="--batch 500 --steps 2" SCORE="--features pixels" MEMORIZE="--features pixels" ATTACK="--iters 2 --eot 2"
     ABOUT="two steps a model"
+    if [ ! -d $ROOT/images ]; then                          # stand in for the data sets that no script can download
+        "$PYTHON" data.py shapes --n 32 --size 160 --out $ROOT/shapes
+        "$PYTHON" - $ROOT/shapes/shapes-160.npy $ROOT/images <<'PYTHON'
+import pathlib, sys, numpy, PIL.Image
+folder = pathlib.Path(sys.argv[2])
+folder.mkdir()
+for k, image in enumerate(numpy.load(sys.argv[1])):
+    PIL.Image.fromarray(image.transpose(1, 2, 0)).save(folder / f"{k:02d}.png")
+PYTHON
+    fi
+    export CIFAR10=$ROOT/images CELEBA=$ROOT/images LSUN_BEDROOM=$ROOT/images IMAGENET64=$ROOT/images BUTTERFLIES=$ROOT/images
 }
 
 cores() {

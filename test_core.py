@@ -2757,3 +2757,90 @@ def test_toy_refuses_bad_numbers(flags, monkeypatch, tmp_path):
     with pytest.raises(toy3d.UserError, match=flags[0]):
         toy3d.main()
     assert not (tmp_path / "no").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------- run_all.sh
+
+FAKE_PYTHON = """#!/usr/bin/env bash
+# Writes down what it is asked to run, and makes the files that it would make.
+if [ "$1" = -c ]; then echo 8; exit; fi
+while [ $# -gt 0 ] && [[ "$1" != *.py ]]; do shift; done
+echo "$*" >> "$COMMANDS"
+if [ -n "${BROKEN:-}" ] && [[ "$*" == *$BROKEN* ]]; then echo "no such thing" >&2; exit 2; fi
+script=$1 size= steps= out= name=$2
+for word in "$@"; do
+    case "$last" in --out) out=$word ;; --steps) steps=$word ;; --size) size=$word ;; esac
+    last=$word
+done
+for word in "$@"; do
+    if [ "$script" = fid.py ] && [[ "$word" == *.npz ]]; then
+        if [[ "$*" == *"--ref subspace"* ]]; then touch "$word.fd-exact.json"; else touch "$word.fid.json"; fi
+    fi
+done
+case $script in
+    train.py) mkdir -p "$out"; touch "$out/samples-$(printf %08d "$steps").png" ;;
+    data.py) mkdir -p "$out"; touch "$out/$name-$size.npy" ;;
+    memorize.py) touch "$2.memorize.json" ;;
+    toy3d.py) mkdir -p "$out"; if [ "$2" = --sweep ]; then touch "$out/toy3d-$3.json"; else touch "$out/toy3d.json"; fi ;;
+    report.py | fid.py) ;;
+    *) touch "$out" ;;
+esac
+"""
+
+
+@pytest.fixture
+def run_all(tmp_path):
+    """run_all(scale, ...) -> the commands that it gives, its output and its exit status, in a folder without results."""
+    (tmp_path / "run_all.sh").write_bytes((HERE / "run_all.sh").read_bytes())
+    (tmp_path / "python").write_text(FAKE_PYTHON)
+    (tmp_path / "python").chmod(0o755)
+
+    def run(*argv, **environment):
+        commands = tmp_path / "commands.txt"
+        commands.write_text("")
+        environment = os.environ | dict(PYTHON=str(tmp_path / "python"), COMMANDS=str(commands), LANES="1") | environment
+        done = subprocess.run(["bash", "run_all.sh", *argv], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+        return commands.read_text().splitlines(), done.stdout + done.stderr, done.returncode
+    return run
+
+
+@pytest.mark.parametrize("scale", ["quick", "paper"])
+def test_run_all_gives_commands_that_the_scripts_take(run_all, monkeypatch, scale):
+    """Catches a flag that a script does not know or refuses, a model trained twice, a sample before its model, and a
+    second run that begins again."""
+    commands, out, status = run_all(scale, TRAIN_FLAGS="--amp")
+    assert status == 0, out[-2000:]
+    stages = [line for line in commands if not line.startswith("report.py")]
+    assert len(stages) > 100 and len(set(stages)) == len(stages)
+    trained, scripts = [], set()
+    for line in commands:
+        script, *argv = line.split()
+        scripts.add(script)
+        monkeypatch.setattr(sys, "argv", [script, *argv])
+        module = sys.modules.get(script.removesuffix(".py"))
+        if script in ("train.py", "attack.py", "toy3d.py"):
+            args = module.arguments()
+            trained += [args.out] if script == "train.py" else []
+            assert script != "train.py" or args.amp
+        elif script in ("fid.py", "memorize.py"):
+            module.arguments(argv)
+        elif script == "sample.py":
+            parser = sample.argparse.ArgumentParser()
+            sample.add_arguments(parser)
+            args = parser.parse_args(argv)
+        if script in ("attack.py", "sample.py"):
+            assert Path(args.run) in trained
+    assert scripts >= {"train.py", "sample.py", "attack.py", "fid.py", "memorize.py", "toy3d.py", "data.py", "report.py"}
+    assert commands[-1].startswith("report.py")
+    again, out, status = run_all(scale)
+    assert status == 0 and {line.split()[0] for line in again} == {"report.py"}
+
+
+def test_run_all_goes_on_after_a_failure(run_all):
+    """Catches a stage that fails and stops the others or is not reported, and an unknown table or scale."""
+    commands, out, status = run_all("quick", "table1", BROKEN="train.py --data subspace --size 4 --data-dir data --method ran")
+    assert status == 1 and "These stages failed" in out and "--method ran" in out.split("These stages failed")[1]
+    assert any("adv-p0.9-s0.2-seed0/ddpm-100.npz" in line for line in commands if line.startswith("fid.py"))
+    for argv, named in ((["quick", "table9"], "'table9' is not a table"), (["fast"], "'fast' is not known")):
+        commands, out, status = run_all(*argv)
+        assert status == 2 and named in out and not commands
