@@ -1,4 +1,4 @@
-"""Every table and figure of the paper from what the other scripts wrote: OUT/README.md, with the paper's claims at its end.
+"""Every table and figure of the paper from what the other scripts wrote: OUT/README.md, the claims at its end.
 
     python report.py --runs runs/quick                              # results/README.md and its figures
     python report.py --runs runs/paper --out results-paper
@@ -33,9 +33,9 @@ DASH = "–"
 # ------------------------------------------------------------------------------- a cell: records, and what selects them
 
 def of(method, p, sigma, **more):
-    """What selects the samples of a model: those of DDPM's usual number of steps, not attacked, unless `more` says else."""
-    where = dict(method=method, p=p, sigma=sigma, lam=None if method in ("ddpm", "ambient") else 0.3, tuned=False, flags=None,
-                 attack=None, percent=None, sampler="ddpm")
+    """What selects a model's samples: of the sampler's usual number of steps, not attacked, unless `more` says else."""
+    where = dict(method=method, p=p, sigma=sigma, lam=None if method in ("ddpm", "ambient") else 0.3, tuned=False,
+                 flags=None, attack=None, percent=None, sampler="ddpm")
     return where | ({} if "steps" in more else {"usual": True}) | more
 
 
@@ -46,8 +46,11 @@ def matching(records, where):
 
 def cell(records, number, where):
     """-> (mean, sample deviation or None, count) of a number over the records that match, or None: not measured."""
-    values = [r[number] for r in matching(records, where) if isinstance(r.get(number), (int, float)) and math.isfinite(r[number])]
-    return (statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None, len(values)) if values else None
+    values = [r.get(number) for r in matching(records, where)]
+    values = [v for v in values if isinstance(v, (int, float)) and math.isfinite(v)]
+    if not values:
+        return None
+    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None, len(values)
 
 
 def price_of(method):
@@ -66,7 +69,7 @@ def _paper(data, selectors, numbers):
         PAPER.append(dict(where, data=data, **dict(zip(("FID", "IS"), map(float, text.split("/"))))))
 
 
-TABLE2 = [of(method, *noise, sampler=sampler) for noise in NOISES for sampler in ("ddpm", "ddim") for method in ("ddpm", "adv")]
+TABLE2 = [of(m, *noise, sampler=s) for noise in NOISES for s in ("ddpm", "ddim") for m in ("ddpm", "adv")]
 _paper("cifar10", TABLE2, "7.2/8.95 28.68/7.04 11.62/8.36 31.20/6.38 58.05/6.93 24.70/7.21 59.28/6.89 25.48/6.85 "
        "102.68/4.19 24.81/7.07 105.43/4.09 24.93/6.69")                                 # Table 2
 _paper("celeba", TABLE2, "3.49/2.61 19.83/2.13 6.19/2.61 17.59/2.18 54.90/2.40 14.54/2.09 41.29/2.48 17.98/2.22 "
@@ -75,28 +78,28 @@ _paper("lsun_bedroom", TABLE2, "9.90/2.31 57.13/2.34 27.00/3.15 48.80/2.39 53.81
        "95.85/4.08 44.27/2.50 82.20/4.39 61.98/3.66")                                   # Table 2
 _paper("imagenet64", [of(m, *noise) for noise in NOISES[1:] for m in ("ddpm", "adv")], "97.6 83.8 129.4 80.3")   # 3.1
 _paper("cifar10", [of("ran", *noise) for noise in NOISES[1:]], "79.21/5.21 68.04/4.34")                # Table 1, top
-for record in matching(PAPER, dict(of("ddpm", 0, 0), data="cifar10")) + matching(PAPER, dict(of("adv", 0, 0), data="cifar10")):
-    record["steps"] = 1000                                                              # 3.3 compares Table 1 with Table 2
+for method in ("ddpm", "adv"):                              # Table 1's 1000 steps are Table 2's, see 3.3
+    matching(PAPER, dict(of(method, 0, 0), data="cifar10"))[0]["steps"] = 1000
 _paper("cifar10", [of(m, 0, 0, steps=n) for m in ("ddpm", "adv") for n in (300, 500)],
        "224.38/3.33 28.07/8.46 37.89/6.39 24.34/7.53")                                  # Table 1, bottom
 _paper("cifar10", [of("inv", 0, 0)], "356.9")                                           # 2.3
 _paper("cifar10", [of(m, 0, 0, attack=a, percent=k) for a in ATTACKS[:3] for m in ("ddpm", "adv") for k in PERCENT],
        "49.8 131.7 190.4 243.4 19.29 52.0 90.7 127.7 55.7 134.5 200.3 248.1 22.7 55.8 98.1 128.6 "
-       "57.6 132.7 195.99 248.6 25.9 61.2 100.2 132.6")                                 # Fig. 8b; its data set is not stated
+       "57.6 132.7 195.99 248.6 25.9 61.2 100.2 132.6")                 # Fig. 8b; which data is not stated
 _paper("celeba", [of(m, *noise, tuned=True) for noise in NOISES[1:] for m in ("ddpm", "adv")],
        "65.4/2.6 23.3/2.1 100.68/2.7 25.8/2.1")                                         # Table 4
 _paper("cifar10", [of("ambient", *noise, flags=f) for noise in NOISES for f in ("conf1", "conf2")],
        "14.0 14.9 94.5 102.7 109.7 105.3")                                              # Table 5
 
 
-# ------------------------------------------------------------------------------------ the tables and the claims, as data
+# ----------------------------------------------------------------------------------- the tables and the claims, as data
 
 def noise_name(p, sigma):
     """The training data's corruption in words."""
     return f"{100 * p:g} % with σ {sigma:g}" if p else "clean"
 
 
-# Of a table: the data sets of the paper's, what its rows are called, the rows with what selects them, and the numbers shown
+# Of a table: the paper's data sets, what its rows are called, the rows with what selects them, and the numbers shown
 # (None: the data set's own, see `merits`; "...": these and more).
 Table = namedtuple("Table", "text names labels rows numbers", defaults=(None,))
 FIG3 = [(label, noise, of(m, *noise, lam=lam)) for noise in NOISES[:2] for label, m, lam in (
@@ -104,11 +107,12 @@ FIG3 = [(label, noise, of(m, *noise, lam=lam)) for noise in NOISES[:2] for label
     ("Inv_adv, λ 0.03", "inv", 0.03))]
 TABLES = {
     "fig3": Table("Fig. 3: data on a linear subspace", ["subspace"], ["training data", "model"],
-                  [((noise_name(*noise), label), where) for label, noise, where in FIG3], ["PSNR (dB)", "ρ", "FD-exact"]),
+                  [((noise_name(*n), label), where) for label, n, where in FIG3], ["PSNR (dB)", "ρ", "FD-exact"]),
     "table1top": Table("Table 1, top: random against adversarial perturbation", ["cifar10"], ["training data", "model"],
                        [((noise_name(*n), METHODS[m]), of(m, *n)) for n in NOISES[1:] for m in ("ran", "adv")]),
-    "table1bottom": Table("Table 1, bottom: fewer steps, clean data (the paper's 1000 are Table 2's)", ["cifar10"], [
-        "steps", "model"], [((n, METHODS[m]), of(m, 0, 0, steps=n)) for n in (300, 500, 1000) for m in ("ddpm", "adv")]),
+    "table1bottom": Table("Table 1, bottom: fewer steps, clean data (the paper's 1000 are Table 2's)", ["cifar10"],
+                          ["steps", "model"], [((n, METHODS[m]), of(m, 0, 0, steps=n)) for n in (300, 500, 1000)
+                                               for m in ("ddpm", "adv")]),
     "table2": Table("Table 2, and ImageNet from 3.1", list(NAMES), ["training data", "sampling", "model"], [
         ((noise_name(w["p"], w["sigma"]), w["sampler"].upper(), METHODS[w["method"]]), w) for w in TABLE2]),
     "cost": Table("3.1: cost of a training step, as a multiple of DDPM's, mean of all runs", [None], ["model"],
@@ -116,12 +120,14 @@ TABLES = {
     "inv": Table("2.3: invariance instead of equivariance, clean data", ["cifar10"], ["model"],
                  [([METHODS[m]], of(m, 0, 0)) for m in ("ddpm", "adv", "inv")]),
     "fig6": Table("Fig. 6 left: similarity to the nearest training image, clean data", ["cifar10"], ["model"],
-                  [([METHODS[m]], of(m, 0, 0)) for m in ("ddpm", "adv")], ["share ≥ 0.9", "mean similarity", "95th percentile"]),
+                  [([METHODS[m]], of(m, 0, 0)) for m in ("ddpm", "adv")],
+                  ["share ≥ 0.9", "mean similarity", "95th percentile"]),
     "fig7": Table("Fig. 7, 25: λ", ["lsun_bedroom"], ["training data", "λ"],
                   [((noise_name(*n), lam), of("adv", *n, lam=lam)) for n in NOISES for lam in (0.1, 0.2, 0.3)],
                   ["...", "variance kept"]),
-    "fig8": Table("Fig. 8b: attacks on the sampling trajectory, clean data (`noise`: random signs; `drift`: ours). Displacement: "
-                  "rms a pixel, from the same noise's images without attack", ["cifar10"], ["attack", "steps attacked", "model"],
+    "fig8": Table("Fig. 8b: attacks on the sampling trajectory, clean data (`noise`: random signs; `drift`: ours). "
+                  "Displacement: rms a pixel, from the same noise's images without attack", ["cifar10"],
+                  ["attack", "steps attacked", "model"],
                   [((a or "none", f"{k or 0} %", METHODS[m]), of(m, 0, 0, attack=a, percent=k)) for a, k in
                    [(None, None), *itertools.product(ATTACKS, PERCENT)] for m in ("ddpm", "adv")],
                   ["...", "displacement", "by random signs as large"]),
@@ -132,6 +138,7 @@ TABLES = {
         ((noise_name(*n), label), where) for n in NOISES for label, where in [(METHODS["adv"], of("adv", *n)), *(
             (f"noise-aware, {f}", of("ambient", *n, flags=f)) for f in ("oracle", "conf1", "conf2"))]]),
 }
+EVERY = "a < b at 25, 50, 75, 100 % (first the a's)"
 # How far a rule is from breaking: it holds where this is above 0. The letters are the claim's cells in their order.
 RULES = {
     "a < b": lambda a, b: b - a,
@@ -140,21 +147,22 @@ RULES = {
     "|a − b| < b / 10": lambda a, b: b / 10 - abs(a - b),
     "|a − b| < |a − c|": lambda a, b, c: abs(a - c) - abs(a - b),
     "a within 20 % of 2.5": lambda a: 0.5 - abs(a - 2.5),
-    "a < b at 25, 50, 75, 100 % (first the a's)": lambda *v: min(b - a for a, b in zip(v[:4], v[4:])),
+    EVERY: lambda *v: min(b - a for a, b in zip(v[:4], v[4:])),
 }
 # numbers: "distance"; "noise" (also ρ, where it is known); "left" (ρ, or else the distance); or names.
 Claim = namedtuple("Claim", "text place numbers rule cells names", defaults=(["cifar10"],))
 CLAIMS = [
     *(Claim(f"adv beats DDPM, {noise_name(*n)}, {s.upper()} sampling", "Table 2", "noise", "a < b",
             [of("adv", *n, sampler=s), of("ddpm", *n, sampler=s)]) for n in NOISES[1:] for s in ("ddpm", "ddim")),
-    *(Claim(f"from σ 0.1 to 0.2 adv loses less than DDPM, {s.upper()} sampling", "3.1, Table 2", "noise", "a − b < c − d",
-            [of(m, *n, sampler=s) for m in ("adv", "ddpm") for n in NOISES[:0:-1]]) for s in ("ddpm", "ddim")),
+    *(Claim(f"from σ 0.1 to 0.2 adv loses less than DDPM, {s.upper()} sampling", "3.1, Table 2", "noise",
+            "a − b < c − d", [of(m, *n, sampler=s) for m in ("adv", "ddpm") for n in NOISES[:0:-1]])
+      for s in ("ddpm", "ddim")),
     *(Claim(f"on clean data DDPM beats adv, {s.upper()} sampling", "Table 2", "distance", "a < b",
             [of("ddpm", 0, 0, sampler=s), of("adv", 0, 0, sampler=s)]) for s in ("ddpm", "ddim")),
     *(Claim(f"adv beats ran, {noise_name(*n)}", "Table 1, top", "noise", "a < b", [of("adv", *n), of("ran", *n)])
       for n in NOISES[1:]),
-    *(Claim(f"ran too beats DDPM, {noise_name(*n)}", "3.1, Table 1, 2", "noise", "a < b", [of("ran", *n), of("ddpm", *n)])
-      for n in NOISES[1:]),
+    *(Claim(f"ran too beats DDPM, {noise_name(*n)}", "3.1, Table 1, 2", "noise", "a < b",
+            [of("ran", *n), of("ddpm", *n)]) for n in NOISES[1:]),
     *(Claim(f"{n} steps instead of 1000 cost adv less than DDPM", "3.3, Table 1", "distance", "a − b < c − d",
             [of(m, 0, 0, steps=k) for m in ("adv", "ddpm") for k in (n, 1000)]) for n in (300, 500)),
     *(Claim(f"adv beats DDPM at {n} steps, clean data", "Table 1, bottom", "distance", "a < b",
@@ -173,14 +181,15 @@ CLAIMS = [
               [of("ddpm", 0.9, 0.1), of(m, 0.9, 0.1)], ["subspace"]),
         Claim(f"{m} is like DDPM on clean data", "3.1, Fig. 3", ["PSNR (dB)"], "|a − b| < b / 10",
               [of(m, 0, 0), of("ddpm", 0, 0)], ["subspace"]))),
-    Claim("a training step of adv costs 2.5 of DDPM", "3.1", ["cost"], "a within 20 % of 2.5", [price_of("adv")], [None]),
+    Claim("a training step of adv costs 2.5 of DDPM", "3.1", ["cost"], "a within 20 % of 2.5", [price_of("adv")],
+          [None]),
     Claim("ran costs less than adv", "3.1", ["cost"], "a < b", [price_of("ran"), price_of("adv")], [None]),
     Claim("adv memorises less, clean data", "3.2, Fig. 6", ["share ≥ 0.9", "mean similarity"], "a < b",
           [of("adv", 0, 0), of("ddpm", 0, 0)]),
     *(Claim(f"noise left falls from λ 0.1 over 0.2 to 0.3, {noise_name(*n)}", "F.3, Fig. 7, 25", "left", "a > b > c",
             [of("adv", *n, lam=lam) for lam in (0.1, 0.2, 0.3)], ["lsun_bedroom"]) for n in NOISES[1:]),
     *(claim for a in ATTACKS[:3] for claim in (
-        Claim(f"adv withstands {a} better than DDPM", "3.4, Fig. 8b", "distance", "a < b at 25, 50, 75, 100 % (first the a's)",
+        Claim(f"adv withstands {a} better than DDPM", "3.4, Fig. 8b", "distance", EVERY,
               [of(m, 0, 0, attack=a, percent=k) for m in ("adv", "ddpm") for k in PERCENT]),
         Claim(f"{a} on 100 % instead of 25 % of the steps costs adv less than DDPM", "3.4, Fig. 8b", "distance",
               "a − b < c − d", [of(m, 0, 0, attack=a, percent=k) for m in ("adv", "ddpm") for k in (100, 25)]))),
@@ -193,7 +202,7 @@ CLAIMS = [
 ]
 
 
-# --------------------------------------------------------------------------------------------- what the stages have left
+# -------------------------------------------------------------------------------------------- what the stages have left
 
 @contextlib.contextmanager
 def _reading(path, script):
@@ -201,7 +210,8 @@ def _reading(path, script):
     try:
         yield
     except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        raise UserError(f"{path}: damaged, or not what {script} writes ({type(error).__name__}: {error}); make it again") from error
+        reason = f"{type(error).__name__}: {error}"
+        raise UserError(f"{path}: damaged, or not what {script} writes ({reason}); make it again") from error
 
 
 def read_lines(path):
@@ -228,8 +238,9 @@ def read_run(path, runs):
             p=0 if clean else data["p"], sigma=0 if clean else data["sigma"], method=method,
             lam=training["lam"] if regularised else None, tuned=training.get("init") is not None,
             flags=training.get("flags"), reg_share=training.get("reg_share", 1.0) if regularised else 1.0,
-            balance=bool(training.get("balance")), seed=training["seed"], batch=training["batch"], step=lines[-1]["step"],
-            network=f"{network['channels']} × {tuple(network['mult'])}", cost=start.get("cost"), sampler=None,
+            balance=bool(training.get("balance")), seed=training["seed"], batch=training["batch"],
+            step=lines[-1]["step"], network=f"{network['channels']} × {tuple(network['mult'])}",
+            cost=start.get("cost"), sampler=None,
             settings={k: training.get(k) for k in ("lam_units", "omega", "gamma")} if regularised else {},
             variant=json.dumps([same, network, config["process"], data.get("data_seed")], sort_keys=True))
 
@@ -252,8 +263,8 @@ def read_score(path, kind):
 
 
 # What the paper does not vary: samples made otherwise stay out of its tables.
-STANDARD = dict(lam_units=["x"], omega=[2], gamma=[8 / 255], ema=[True], variance=[None, "large", "learned"], where=["spread"],
-                eps_scale=[1], phi=[1])
+STANDARD = dict(lam_units=["x"], omega=[2], gamma=[8 / 255], ema=[True], variance=[None, "large", "learned"],
+                where=["spread"], eps_scale=[1], phi=[1])
 
 
 def load(runs):
@@ -271,9 +282,9 @@ def load(runs):
         run = found.get(path.parent)
         if not made:                                        # images that no model of ours made: a yardstick
             data, _, size = numbers["reference"].rpartition("-")
-            records.append(dict(numbers, data=data, size=int(size) if size.isdigit() else None, yardstick=True, limits=False))
+            records.append(dict(numbers, data=data, size=int(size) if size.isdigit() else None, yardstick=True))
             continue
-        if run is None or any(made.get(k, v) != v for k, v in dict(data=run["data"], method=run["method"], size=run["size"]).items()):
+        if run is None or any(made.get(k, run[k]) != run[k] for k in ("data", "size", "method")):
             left[path] = "made by a run other than the one whose log.jsonl is beside it"
             continue
         settings = run["settings"] | {k: made[k] for k in STANDARD if k in made}
@@ -284,7 +295,8 @@ def load(runs):
         attack = made.get("attack") if made.get("steps_attacked") else None
         records.append(run | numbers | dict(
             path=path, cost=None, sampler=made["sampler"], steps=made["steps"], n=made.get("n"), attack=attack,
-            percent=round(100 * made["steps_attacked"] / made["steps"]) if attack else None, step=made.get("step", run["step"])))
+            percent=round(100 * made["steps_attacked"] / made["steps"]) if attack else None,
+            step=made.get("step", run["step"])))
     return records, left
 
 
@@ -293,8 +305,8 @@ PRICE = ("reg_share", "balance", "network", "step")         # what tells apart t
 
 
 def pool(records, key, left):
-    """One configuration for each cell, apart from seeds: the one trained longest, then that of most seeds; the other goes
-    into `left`. Marks as `usual` each data set's most frequent number of sampling steps (of two, the larger)."""
+    """One configuration for each cell, apart from seeds: the one trained longest, then that of most seeds; any other
+    goes into `left`. Marks as `usual` each data set's most frequent number of sampling steps (of two, the larger)."""
     cells, steps, kept = {}, {}, [r for r in records if r["sampler"] is None]
     for r in (r for r in records if r["sampler"]):
         variants = cells.setdefault(tuple(r[k] for k in key), {})
@@ -302,10 +314,10 @@ def pool(records, key, left):
     for variants in cells.values():
         best = max(variants, key=lambda v: (v[0], len(variants[v]), v[2] or 0))
         for variant, seeds in variants.items():
-            for first, *others in seeds.values():
+            for same in seeds.values():
                 if variant == best:
-                    kept.append(dict(first, cell=tuple(first[k] for k in key)))
-                left |= {r["path"]: "another configuration has its cell" for r in (others if variant == best else [first, *others])}
+                    kept.append(dict(same[0], cell=tuple(same[0][k] for k in key)))
+                left |= {r["path"]: "another has its cell" for r in same[variant == best:]}
     group = lambda r: (r["data"], r["size"], r["sampler"], r.get("attack") is None)
     for r in kept:
         steps.setdefault(group(r), Counter())[r.get("steps") or 0] += 1
@@ -316,8 +328,8 @@ def pool(records, key, left):
 
 
 def sets_for(names, records):
-    """The data sets (name, size) that stand for the paper's `names`: these, or where none of the paper's was run, all."""
-    found = sorted({(r["data"], r["size"]) for r in records if "yardstick" not in r}, key=lambda s: ([*NAMES, s[0]].index(s[0]), s))
+    """The data sets (name, size) that stand for the paper's `names`: these, or all where none of the paper's is."""
+    found = sorted({(r["data"], r["size"]) for r in records}, key=lambda s: ([*NAMES, s[0]].index(s[0]), s))
     if names == [None] or not any(s[0] in [*NAMES, *names] for s in found):
         return found or [("subspace", None)]
     return [s for name in names for s in ([f for f in found if f[0] == name] or [(name, None)])]
@@ -368,14 +380,14 @@ def scale(used):
     text = []
     for data, size in dict.fromkeys((r["data"], r["size"]) for r in used):
         here = matching(used, dict(data=data, size=size))
-        made = [f"{name.upper()} {span(r['steps'] for r in here if r['sampler'] == name)} steps" for name in ("ddpm", "ddim")
-                if any(r["sampler"] == name for r in here)]
-        shares = sorted({r["reg_share"] for r in here})
+        made = [f"{name.upper()} {span(r['steps'] for r in here if r['sampler'] == name)} steps"
+                for name in ("ddpm", "ddim") if any(r["sampler"] == name for r in here)]
+        shares = sorted({r["reg_share"] for r in here if r["lam"]}) or [1]
         text.append(f"{label_of(data, size)}: network {', '.join(sorted({r['network'] for r in here}))}, trained for "
                     f"{span(r['step'] for r in here)} steps of {span(r['batch'] for r in here)} images"
                     + (f", regulariser on {' or '.join(f'{s:g}' for s in shares)} of them" if shares != [1] else "")
                     + (", balanced" if any(r["balance"] for r in here) else "")
-                    + (f"; {span(r['n'] for r in here)} samples, {', '.join(made)}" if made else ""))
+                    + (f"; {span(r.get('n') for r in here)} samples, {', '.join(made)}" if made else ""))
     counts = Counter(r["cell"] for r in used if "cell" in r)
     if counts:
         text.append(f"one configuration is {span(counts.values())} seed(s), ± their sample deviation"
@@ -422,8 +434,8 @@ def verdict(rule, cells):
 
 
 def check_claim(claim, records):
-    """A claim on every data set that it can be seen on. -> rows: claim, place, rule, data and number, paper, ours, verdict."""
-    number = "FID" if isinstance(claim.numbers, str) else claim.numbers[0]              # of Fig. 3 and 6 there are no numbers
+    """A claim on every data set that shows it. -> rows: claim, place, rule, data and number, paper, ours, verdict."""
+    number = "FID" if isinstance(claim.numbers, str) else claim.numbers[0]              # Fig. 3 and 6 print no numbers
     theirs = {name: [cell(PAPER, number, where | dict(data=name)) for where in claim.cells] for name in (None, *NAMES)}
     theirs = {name: cells for name, cells in theirs.items() if all(cells)}
     rows = []
@@ -439,30 +451,30 @@ def check_claim(claim, records):
             papers.append(f"{number + ' ' + NAMES[name] + ': ' if name else ''}{says}{broken}")
         for name in names:
             cells = [cell(records, name, where | dict(data=data, size=size)) for where in claim.cells]
-            rows.append([claim.text, claim.place, claim.rule, f"{label_of(data, size)}, {name}", "; ".join(papers) or "no number",
-                         joined(cells).replace(" / ", ", "), verdict(claim.rule, cells)])
+            ours = joined(cells).replace(" / ", ", ")
+            rows.append([claim.text, claim.place, claim.rule, f"{label_of(data, size)}, {name}",
+                         "; ".join(papers) or "no number", ours, verdict(claim.rule, cells)])
     return rows
 
 
 def price_tables(records):
-    """The regulariser's share of the batch against cost and quality (beyond the paper). -> [(name, header, rows)], one for
-    each kind of training data that a run below RUNS/limits has; a cell is (mean, deviation, count) or None."""
+    """The regulariser's share of the batch against cost and quality, beyond the paper: (name, caption, header, rows),
+    one for each kind of training data that a run below RUNS/limits has; rows: labels and what `cell` gives."""
     found = []
     for data, size, p, sigma in sorted({(r["data"], r["size"], r["p"], r["sigma"]) for r in records if r["limits"]}):
         base = dict(data=data, size=size, p=p, sigma=sigma, tuned=False)
         here = [r for r in matching(records, base) if r["method"] in ("ddpm", "adv") and r["lam"] in (None, 0.3)]
-        wide = merits(records, data, size)
-        keys = sorted({(r["method"], *(r[k] for k in PRICE)) for r in here}, key=lambda k: (k[0] != "ddpm", k[4], k[3], k[2], -k[1]))
-        rows = []
-        for method, *values in keys:
+        wide = [*merits(records, data, size), "PSNR (dB)"]
+        keys, rows = {(r["method"], *(r[k] for k in PRICE)) for r in here}, []
+        for method, *values in sorted(keys, key=lambda k: (k[0] != "ddpm", k[4], k[3], k[2], -k[1])):
             own = base | dict(zip(PRICE, values)) | dict(method=method)
             cells = [cell(here, "cost", own | dict(sampler=None)),
-                     *(cell(here, n, own | dict(sampler="ddpm", attack=None, usual=True)) for n in [*wide, "PSNR (dB)"]),
+                     *(cell(here, n, own | dict(sampler="ddpm", attack=None, usual=True)) for n in wide),
                      cell(here, "displacement", own | dict(sampler="ddpm", attack="fgsm", percent=100))]
             rows.append(([METHODS[method], DASH if method == "ddpm" else f"{values[0]:g}", "yes" if values[1] else "no",
                           values[2], f"{values[3]:,}"], cells))
-        found.append((f"{label_of(data, size)}, {noise_name(p, sigma)}",
-                      ["model", "share", "balanced", "network", "steps trained", "cost of a step (× DDPM's)", *wide, "PSNR (dB)",
+        found.append((f"{label_of(data, size)}, {noise_name(p, sigma)}", scale(here),
+                      ["model", "share", "balanced", "network", "steps trained", "cost of a step (× DDPM's)", *wide,
                        "displacement (FGSM, 100 % of the steps)"], rows))
     return found
 
@@ -484,13 +496,13 @@ def toy_section(found):
     pair = lambda r, key: show((*r[key], 0)) if None not in r[key] else DASH
     text, main = "", found.get("toy3d")
     if main:
-        records, names = main[1], {"rms": "rms distance", "kept": "variance kept", "score_error": "relative error of the score"}
+        names = {"rms": "rms distance", "kept": "variance kept", "score_error": "relative error of the score"}
+        records, first = main[1], main[1][0]
         one = lambda key, **where: next((pair(r, key) for r in matching(records, where)), DASH)
         rows = [[data, noise, names[key], *(one(key, data=data, noise=noise, method=m) for m in COLOURS)]
                 for data, noise in dict.fromkeys((r["data"], r["noise"]) for r in records) for key in names]
-        first = records[0]
-        text += (f"Scale: the paper's 3-D data, {first['steps']:,} steps of {first['batch']} points, {first['n']} samples, "
-                 f"± the deviation over {first['seed']} seeds. The paper has figures only.\n\n"
+        text += (f"Scale: the paper's 3-D data, {first['steps']:,} steps of {first['batch']} points, {first['n']} "
+                 f"samples, ± the deviation over {first['seed']} seeds. The paper has figures only.\n\n"
                  + markdown(["data", "training data", "number", *(METHODS[m] for m in COLOURS)], rows))
     rows = {}
     for name, (_, records, _) in found.items():
@@ -498,9 +510,10 @@ def toy_section(found):
             setting = r["name"].removeprefix(r["noise"] + " ") + (", balanced" if r.get("balance") else "")
             rows.setdefault((name, r["data"], setting), {})[r["noise"]] = r
     if rows:
+        shown = {"inlier": "rms", "clean": "kept"}
         text += "\nSweeps (λ with the reading of its units, ω, the regularised share):\n\n" + markdown(
-            ["file", "data", "setting", "rms distance, trained on inlier noise", "variance kept, trained on clean data"],
-            [[*key, *(pair(r[n], k) if n in r else DASH for n, k in (("inlier", "rms"), ("clean", "kept")))] for key, r in rows.items()])
+            ["file", "data", "setting", "rms distance (inlier noise)", "variance kept (clean data)"],
+            [[*key, *(pair(r[n], k) if n in r else DASH for n, k in shown.items())] for key, r in rows.items()])
     return text or "Not measured yet.\n"
 
 
@@ -509,17 +522,17 @@ def toy_claims(found):
     rows = []
     for name, (path, _, claims) in found.items():
         with _reading(path, "toy3d.py"):
-            rows += [[c["claim"], c["where"], f"{'' if c['factor'] == 1 else str(c['factor']) + ' '}a < b, apart by their deviations",
+            rows += [[c["claim"], c["where"], f"{c['factor']} × a < b, apart by their deviations",
                       f"{c['data']}, {c['number']}: {c['smaller']}, {c['larger']}", "no number",
-                      ", ".join(DASH if v is None else digits(v) for v in c["values"]), "holds" if c["holds"] else "does not hold"]
-                     for c in claims]
+                      ", ".join(DASH if v is None else digits(v) for v in c["values"]),
+                      "holds" if c["holds"] else "does not hold"] for c in claims]
     return rows
 
 
 # -------------------------------------------------------------------------------------------------- pictures and charts
 
 def strip(rows, path, side=300):
-    """Rows of titled pictures [(title, file), ...] as one PNG, each at most side x side pixels. -> [path], or [] if empty."""
+    """Rows of titled pictures [(title, file), ...] as one PNG, each at most side x side pixels. -> [path], or []."""
     rows = [row for row in rows if row]
     if not rows:
         return []
@@ -540,7 +553,8 @@ def strip(rows, path, side=300):
 
 def grids(records, where, title):
     """The sample grid of the first seed of the samples that match, as a row of `strip`, or an empty one."""
-    files = [r["path"].with_name(r["path"].name + ".png") for r in sorted(matching(records, where), key=lambda r: r["seed"])]
+    found = sorted(matching(records, where), key=lambda r: r["seed"])
+    files = [r["path"].with_name(r["path"].name + ".png") for r in found]
     return [(title, file) for file in files if file.exists()][:1]
 
 
@@ -549,15 +563,16 @@ def pictures(records, out):
     made = {"samples": [], "fig24": [], "fig7": []}
     for data, size in sets_for([None], records):
         for p, sigma in sorted({(r["p"], r["sigma"]) for r in matching(records, dict(data=data, size=size))}):
-            here, tail = matching(records, dict(data=data, size=size)), f"{data}-{size}-p{p:g}-s{sigma:g}.png"
+            here, tail = matching(records, dict(data=data, size=size, p=p)), f"{data}-{size}-p{p:g}-s{sigma:g}.png"
             row = [x for m in ("ddpm", "adv") for x in grids(here, of(m, p, sigma), METHODS[m])]
             row += grids(here, of("adv", p, sigma, steps=500), "Robust_adv, 500 steps")
             made["samples"] += strip([row], out / f"samples-{tail}")
-            made["fig7"] += strip([[x for lam in (0.1, 0.2, 0.3) for x in grids(here, of("adv", p, sigma, lam=lam), f"lambda {lam}")]],
-                                  out / f"fig7-{tail}") if matching(here, of("adv", p, sigma, lam=0.1)) else []
+            row = [x for lam in (0.1, 0.2, 0.3) for x in grids(here, of("adv", p, sigma, lam=lam), f"lambda {lam}")]
+            made["fig7"] += strip([row] if len(row) > 1 else [], out / f"fig7-{tail}")
             rows = []
             for m in ("ddpm", "adv"):
-                trained = sorted(matching(here, of(m, p, sigma, sampler=None, usual=False)), key=lambda r: (-r["step"], r["seed"]))[:1]
+                trained = matching(here, of(m, p, sigma, sampler=None, usual=False))
+                trained = sorted(trained, key=lambda r: (-r["step"], r["seed"]))[:1]
                 files = [f for r in trained for f in sorted(r["path"].glob("samples-*.png")) if f.stem[8:].isdigit()]
                 kept = sorted({round(i * (len(files) - 1) / 4) for i in range(5)}) if files else []
                 rows.append([(f"{METHODS[m]}, step {int(files[i].stem[8:])}", files[i]) for i in kept])
@@ -583,28 +598,30 @@ def charts(records, prices, out, plt):
                 bars = [(label, where, at(where, number, subspace)) for label, n, where in FIG3 if n == noise]
                 for i, (_, where, found) in enumerate(bars):
                     if found:
-                        ax.bar(i, found[0], yerr=found[1], color=COLOURS[where["method"]], hatch="//" if where["lam"] == 0.03 else "",
-                               capsize=3)
-                ax.set_xticks(range(len(bars)), [label.replace("_", "\n").replace(", ", "\n") for label, _, _ in bars], fontsize=8)
+                        ax.bar(i, found[0], yerr=found[1], color=COLOURS[where["method"]], capsize=3,
+                               hatch="//" if where["lam"] == 0.03 else "")
+                ax.set_xticks(range(len(bars)), [re.sub("_|, ", "\n", label) for label, _, _ in bars], fontsize=8)
                 ax.set(ylabel=number, title=f"{label_of(*subspace)}, {noise_name(*noise)}")
         save("fig3", figure)
-    seen = {m: [r["memory"] for r in matching(records, of(m, 0, 0) | dict(data=main[0], size=main[1])) if "memory" in r]
-            for m in ("ddpm", "adv")}
-    if any(seen.values()):
+    seen = [(m, r["memory"]) for m in ("ddpm", "adv")
+            for r in matching(records, of(m, 0, 0) | dict(data=main[0], size=main[1])) if "memory" in r]
+    if seen:
         figure, ax = plt.subplots(figsize=(5.5, 3.5), layout="constrained")
-        lines = [(METHODS[m], found[0]["histogram"]["generated"], found[0], COLOURS[m], "-") for m, found in seen.items() if found]
-        first = lines[0][2]
-        for label, counts, result, colour, style in [*lines, ("training images", first["histogram"]["train"], first, "black", ":")]:
-            ax.stairs([100 * c / sum(counts) for c in counts], result["histogram"]["edges"], label=label, color=colour, linestyle=style)
+        one = {METHODS[m]: (result["histogram"], "generated", COLOURS[m], "-") for m, result in reversed(seen)}
+        one["training images"] = (seen[0][1]["histogram"], "train", "black", ":")
+        for label, (histogram, name, colour, style) in one.items():
+            share = [100 * count / max(1, sum(histogram[name])) for count in histogram[name]]
+            ax.stairs(share, histogram["edges"], label=label, color=colour, linestyle=style)
         ax.axvline(0.9, color="grey", linewidth=0.8)
-        ax.set(xlabel=f"similarity to the nearest training image ({first['features']})", ylabel="% of the images",
-               title=f"{label_of(*main)}, clean")
+        ax.set(xlabel=f"similarity to the nearest training image ({seen[0][1]['features']})",
+               ylabel="% of the images", title=f"{label_of(*main)}, clean")
         ax.legend()
         save("fig6", figure)
-    number, attacks = merits(records, *main)[0], [a for a in ATTACKS if any(r.get("attack") == a for r in records)]
+    number = merits(records, *main)[0]
+    attacks = [a for a in ATTACKS if a != "noise" and matching(records, dict(attack=a, data=main[0], size=main[1]))]
     if attacks:
-        figure, axes = plt.subplots(1, len(attacks), figsize=(2.6 * len(attacks) + 0.6, 3), layout="constrained", sharey=True,
-                                    squeeze=False)
+        figure, axes = plt.subplots(1, len(attacks), figsize=(2.6 * len(attacks) + 0.6, 3), layout="constrained",
+                                    sharey=True, squeeze=False)
         for ax, attack in zip(axes[0], attacks):
             for m, (name, style) in itertools.product(("ddpm", "adv"), {"noise": "o:", attack: "s-"}.items()):
                 found = [(k, at(of(m, 0, 0, attack=name, percent=k), number, main)) for k in PERCENT]
@@ -616,17 +633,19 @@ def charts(records, prices, out, plt):
                                 label=METHODS[m] + (", random signs" if name == "noise" else ""))
             ax.set(xlabel="% of the steps attacked", title=attack, xticks=PERCENT)
         axes[0][0].set_ylabel(f"{number}, {label_of(*main)}")
-        axes[0][0].legend(fontsize=7)
+        figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
         save("fig8", figure)
-    for k, (title, header, rows) in enumerate(prices):
-        figure, axes = plt.subplots(1, len(header) - 6, figsize=(3 * (len(header) - 6), 3), layout="constrained", squeeze=False)
-        for ax, (i, label) in zip(axes[0], enumerate(header[6:], 1)):
-            for labels, cells in rows:
+    for k, (title, _, header, rows) in enumerate(prices):
+        wide = header[6:]
+        figure, axes = plt.subplots(1, len(wide), figsize=(3 * len(wide), 3), layout="constrained", squeeze=False)
+        for ax, (i, label) in zip(axes[0], enumerate(wide, 1)):
+            for (model, share, balanced, *_), cells in rows:
                 if cells[0] and cells[i]:
-                    colour, mark = COLOURS["ddpm" if labels[0] == METHODS["ddpm"] else "adv"], "s" if labels[2] == "yes" else "o"
-                    ax.errorbar(cells[0][0], cells[i][0], cells[i][1], cells[0][1], fmt=mark, color=colour, capsize=2)
-                    ax.annotate(labels[1] if labels[1] != DASH else "DDPM", (cells[0][0], cells[i][0]), textcoords="offset points",
-                                xytext=(4, 4), fontsize=7)
+                    plain = model == METHODS["ddpm"]
+                    ax.errorbar(cells[0][0], cells[i][0], cells[i][1], cells[0][1], capsize=2,
+                                fmt="s" if balanced == "yes" else "o", color=COLOURS["ddpm" if plain else "adv"])
+                    ax.annotate(model if plain else share, (cells[0][0], cells[i][0]), (4, 4), fontsize=7,
+                                textcoords="offset points")
             ax.set(xlabel="cost of a step (× DDPM's)", ylabel=label.split(" (FGSM")[0])
         figure.suptitle(f"{title}; beside each point the share, squares: balanced", fontsize=9)
         save(f"price-{k}", figure)
@@ -642,12 +661,12 @@ def write(runs, out, plt):
     toy = toys(runs, out)
     loaded, left = load(runs)
     if not loaded and not any(runs in path.parents for path, _, _ in toy.values()):
-        raise UserError(f"--runs {runs}: no log.jsonl of a training in it, and no toy3d.json; `bash run_all.sh` makes them")
+        raise UserError(f"--runs {runs}: no log.jsonl of a training, and no toy3d.json; `bash run_all.sh` makes them")
     given = [r for r in loaded if "yardstick" in r]
     models = [r for r in loaded if "yardstick" not in r]
     records = pool([r for r in models if not r["limits"]], KEY, left)
-    limited = {(r["data"], r["size"], r["p"], r["sigma"]) for r in models if r["limits"]}
-    prices = price_tables(pool([r for r in models if (r["data"], r["size"], r["p"], r["sigma"]) in limited], KEY + PRICE, left))
+    limited = {tuple(r[k] for k in KEY[:4]) for r in models if r["limits"]}
+    prices = price_tables(pool([r for r in models if tuple(r[k] for k in KEY[:4]) in limited], KEY + PRICE, left))
     made = pictures(records, out)
     for name in [*TOY_FIGURES, *(name for name in toy if name != "toy3d")]:
         folder = toy[name if name in toy else "toy3d"][0].parent if toy else out
@@ -659,29 +678,33 @@ def write(runs, out, plt):
     if plt:
         for name, paths in charts(records, prices, out, plt).items():
             made[name] = made.get(name, []) + paths
-    figures = lambda *names: "".join(f"\n![{path.stem}]({path.name})\n" for name in names for path in made.get(name, []))
+    figures = lambda name, none="": "".join(f"\n![{path.stem}]({path.name})\n" for path in made.get(name, [])) or none
     section = lambda *names: "\n".join(f"## {TABLES[n].text}\n\n{table(TABLES[n], records)}{figures(n)}" for n in names)
+    none = "\nNot made yet.\n"
     claims = [row for claim in CLAIMS for row in check_claim(claim, records)] + toy_claims(toy)
     counts = Counter(row[-1].split(" (")[0] for row in claims)
-    yard = "".join(f"\nYardstick, {r['label']}: {joined([cell([r], n, {}) for n in TABLES['fig3'].numbers])}\n" for r in given
-                   if "ρ" in r)
-    price = "\n".join(f"{title}\n\n{markdown(header, [[*labels, *map(show, cells)] for labels, cells in rows])}"
-                      for title, header, rows in prices) or "Not measured yet.\n"
+    yard = "".join(f"\nYardstick, {r['label']}: {joined([cell([r], n, {}) for n in TABLES['fig3'].numbers])}\n"
+                   for r in given if "ρ" in r)
+    features = ", ".join(sorted({str(r["memory"]["features"]) for r in records if "memory" in r})) or DASH
+    shown = lambda rows: [[*labels, *map(show, cells)] for labels, cells in rows]
+    price = "\n".join(f"{title}. {caption}\n\n{markdown(header, shown(rows))}"
+                      for title, caption, header, rows in prices) or "Not measured yet.\n"
     parts = [
-        f"# Results\n\nMade by `python report.py --runs {runs} --out {out}` from the files of the runs. {DASH}: not measured. A Fréchet "
-        "distance is an FID only on the features of the published Inception weights. ρ: the noise left outside the data's subspace. "
-        f"Of the claims at the end {counts['holds']} hold, {counts['does not hold']} do not, {counts['not measured']} are not measured."
+        f"# Results\n\nMade by `python report.py --runs {runs} --out {out}` from the files of the runs. {DASH}: not "
+        "measured. Only a Fréchet distance on the features of the published Inception weights is an FID. ρ: the noise "
+        f"left outside the data's subspace. Of the claims at the end {counts['holds']} hold, {counts['does not hold']} "
+        f"do not, {counts['not measured']} are not measured."
         + ("" if plt else " No charts: matplotlib was not installed."),
         f"## 3-D data: Fig. 2, 6 right, 10, 11\n\n{toy_section(toy)}{figures('toy')}",
         section("fig3") + yard, section("table1top", "table1bottom", "table2", "cost", "inv"),
-        f"## Fig. 4, 5, 12 to 23: samples of the same seeds side by side\n{figures('samples') or chr(10) + 'Not made yet.' + chr(10)}",
-        section("fig6", "fig7", "fig8"),
-        f"## Fig. 24: the same seeds along training\n{figures('fig24') or chr(10) + 'Not made yet.' + chr(10)}",
+        f"## Fig. 4, 5, 12 to 23: samples of the same seeds side by side\n{figures('samples', none)}",
+        section("fig6") + f"\nFeatures that are compared (the paper: DINOv2): {features}.\n", section("fig7", "fig8"),
+        f"## Fig. 24: the same seeds along training\n{figures('fig24', none)}",
         section("table4", "table5"),
-        "## The price (beyond the paper)\n\nThe regulariser on a share of the batch, against what it costs and buys.\n\n"
+        "## The price (beyond the paper)\n\nThe regulariser on a share of the batch: what it costs and buys.\n\n"
         f"{price}{figures('price')}",
-        "## Claims\n\nA claim holds where its rule, on the means over seeds, does; \"within the seeds' spread\": not if the means are "
-        "moved by their deviations. The letters are the numbers in their order.\n\n"
+        "## Claims\n\nA claim holds where its rule does, on the means over seeds; \"within the seeds' spread\": moving "
+        "the means by their deviations can turn it. The letters are the numbers in their order.\n\n"
         + markdown(["claim", "paper", "rule", "data, number", "paper's numbers", "ours", ""], claims)]
     if left:
         parts.append("## Left out\n\n" + "".join(f"- `{path}`: {why}\n" for path, why in sorted(left.items())))
@@ -692,10 +715,11 @@ def write(runs, out, plt):
 
 def main():
     """Collects what the command line says."""
-    parser = argparse.ArgumentParser(description="Collect what all stages wrote into tables, figures and a list of claims.",
-                                     epilog=__doc__.split("\n\n")[1], formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description="Collect what all stages wrote into tables, figures and claims.",
+                                     epilog=__doc__.split("\n\n")[1],
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=Path, required=True, help="folder with the runs and their scores, at any depth")
-    parser.add_argument("--out", type=Path, default=Path("results"), help="folder for README.md and its figures (default results/)")
+    parser.add_argument("--out", type=Path, default=Path("results"), help="folder to write (default results/)")
     args = parser.parse_args()
     try:
         import matplotlib

@@ -167,7 +167,7 @@ toy() {
     job train "$ROOT/toy3d/toy3d.json" "$PYTHON" toy3d.py --out "$ROOT/toy3d"
     local sweep
     for sweep in lam omega; do
-        job train "$ROOT/toy3d/toy3d-$sweep.json" "$PYTHON" toy3d.py --sweep $sweep --out "$ROOT/toy3d"
+        job train "$ROOT/toy3d/toy3d-$sweep.json" "$PYTHON" toy3d.py --sweep $sweep --seeds "$SWEEP_SEEDS" --out "$ROOT/toy3d"
     done
 }
 
@@ -240,7 +240,7 @@ fig8() {
                 name=$attack-$percent
                 # shellcheck disable=SC2086
                 job sample "$run/$name.npz" $LAUNCH -- attack.py "$run" --attack $attack --steps-attacked $percent% \
-                    --n "$N_ATTACK" --steps "$FULL" $SAMPLE $ATTACK --out "$run/$name.npz"
+                    --n "$N_ATTACK" --steps "$ATTACK_STEPS" $SAMPLE $ATTACK --out "$run/$name.npz"
                 score "$MAIN" "$run/$name.npz"
             done
         done
@@ -302,8 +302,8 @@ quick() {
     LANES=${LANES:-$(cores)}
     LAUNCH=$PYTHON
     MAIN=subspace DATASETS=subspace FIG7=subspace FIG7_SIGMAS=0.2 TABLE4=subspace SUBSPACE=4 SUBSPACE_IMAGES=shapes
-    SEEDS="0 1 2" STEPS=600 TUNE=150 FULL=100 DDIM=50 N=512 N_ATTACK=128 METRIC=
-    TRAIN="--preset small --mult 1 --batch 64 --lr 1e-3 --ema 0.99 --sample-every 150"
+    SEEDS="0 1 2" SWEEP_SEEDS=1 STEPS=500 TUNE=150 FULL=100 DDIM=50 N=256 N_ATTACK=128 ATTACK_STEPS=50 METRIC=
+    TRAIN="--preset small --mult 1 --batch 32 --lr 2e-3 --ema 0.99 --sample-every 125"
     SAMPLE="--batch 256" SCORE="" ATTACK="--iters 5 --eot 2" MEMORIZE="--features pixels"
     ABOUT="4x4 subspace data, $STEPS steps a model: about 35 minutes on two slow cores"
 }
@@ -313,7 +313,7 @@ paper() {
     LANES=${LANES:-1}
     MAIN=cifar10 DATASETS="cifar10 celeba lsun_bedroom imagenet64" FIG7=lsun_bedroom FIG7_SIGMAS="0 0.1 0.2" TABLE4=celeba
     SUBSPACE=32 SUBSPACE_IMAGES=butterflies
-    SEEDS=0 STEPS=500000 TUNE=158300 FULL=1000 DDIM=250 N=50000 N_ATTACK=50000 METRIC=fid
+    SEEDS=0 SWEEP_SEEDS=3 STEPS=500000 TUNE=158300 FULL=1000 DDIM=250 N=50000 N_ATTACK=50000 ATTACK_STEPS=1000 METRIC=fid
     TRAIN="--sample-every 50000" SAMPLE="--batch 500" SCORE="" ATTACK="" MEMORIZE=""
     local gpus
     gpus=$("$PYTHON" -c 'import torch; print(max(1, torch.cuda.device_count()))')

@@ -35,11 +35,12 @@ import attack
 import data
 import fid
 import memorize
+import report
 import sample
 import toy3d
 import train
 import unet
-from data import Images, UserError
+from data import Images, UserError, command_line
 from toy3d import Cell, Networks
 from unet import PRESETS, Schedule, UNet
 
@@ -2757,6 +2758,307 @@ def test_toy_refuses_bad_numbers(flags, monkeypatch, tmp_path):
     with pytest.raises(toy3d.UserError, match=flags[0]):
         toy3d.main()
     assert not (tmp_path / "no").exists()
+
+
+# ------------------------------------------------------------------------------------------------------------ report.py
+
+
+def report_run(folder, method="adv", p=0.9, sigma=0.2, seed=0, cost=1.0, step=600, name="subspace", size=4, **settings):
+    """A run as train.py leaves it: a log and two sample grids."""
+    folder.mkdir(parents=True)
+    own = dict(method=method, lam=0.3, lam_units="x", omega=2.0, gamma=8 / 255, batch=64, lr=1e-3, seed=seed, init=None)
+    config = dict(network=dict(channels=32, mult=[1]), process=dict(schedule="linear", timesteps=1000),
+                  data=dict(name=name, size=size, count=100, p=p, sigma=sigma, data_seed=0), training=own | settings)
+    lines = [dict(step=0, event="start", config=config, cost=cost), dict(step=step, ddpm=0.1, images_per_s=5.0)]
+    (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for k in (step // 2, step):
+        Image.fromarray(np.full((22, 22, 3), 99, np.uint8)).save(folder / f"samples-{k:08d}.png")
+    return folder
+
+
+def report_score(run, value, rho=None, metric="FD-exact", samples="ddpm-100", sampler="ddpm", steps=100, attack=None, percent=None,
+          n=512, **more):
+    """A score as fid.py leaves it beside samples, with attack.py's where they were attacked."""
+    first, last = map(json.loads, (run / "log.jsonl").read_text().splitlines())
+    config = first["config"]
+    own = {} if attack is None else dict(attack=attack, steps_attacked=round(steps * percent / 100), where="spread", eps_scale=1.0,
+                                         phi=1.0)
+    made = dict(method=config["training"]["method"], data=config["data"]["name"], size=config["data"]["size"], n=n, step=last["step"],
+                sampler=sampler, steps=steps, variance="large" if sampler == "ddpm" else None, ema=True, seed=0, **own)
+    result = dict(metric=metric, samples=f"{samples}.npz", reference="subspace-4", value=value, protocol=made, **more)
+    if rho is not None:
+        result |= dict(rho_mean=rho, psnr=20.0, variance_kept=1.0)
+    (run / f"{samples}.npz.{metric.lower()}.json").write_text(json.dumps(result))
+    Image.fromarray(np.full((22, 22, 3), 55, np.uint8)).save(run / f"{samples}.png")
+    if attack:
+        (run / f"{samples}.attack.json").write_text(json.dumps(own | dict(steps=steps, sampler=sampler, rms=0.25, rms_noise=0.125)))
+
+
+def write_report(tmp_path, plt=None):
+    """report.py on tmp_path/runs -> README.md, and the claims as {(claim, data and number): row}."""
+    rows = report.write(tmp_path / "runs", tmp_path / "out", plt)
+    return (tmp_path / "out" / "README.md").read_text(), {(row[0], row[3]): row for row in rows}
+
+
+def report_section(text, title):
+    """The part of README.md under a heading that begins with the title."""
+    return text.split(f"\n## {title}")[1].split("\n## ")[0]
+
+
+def report_line(text, *labels):
+    """The only row of a table that begins with these labels -> its other cells."""
+    found = [row.strip("| ").split(" | ") for row in text.splitlines() if row.startswith("| " + " | ".join(labels) + " |")]
+    assert len(found) == 1, found
+    return found[0][len(labels):]
+
+
+def report_pair(tmp_path, adv=(1.0, 0.5), ddpm=(3.0, 2.0)):
+    """adv and ddpm at 90 % with sigma 0.2: (FD-exact, rho) of each."""
+    for method, (distance, rho) in dict(adv=adv, ddpm=ddpm).items():
+        report_score(report_run(tmp_path / "runs" / method, method), distance, rho)
+
+
+BEATS = "adv beats DDPM, 90 % with σ 0.2, DDPM sampling"
+
+
+def test_report_puts_every_number_into_its_own_cell(tmp_path):
+    """Catches sampler, noise, method, steps or lambda being mixed up, and the paper's numbers in the wrong row."""
+    runs, value = tmp_path / "runs", 10
+    for noise in report.NOISES:
+        for method in ("ddpm", "adv"):
+            run = report_run(runs / f"x{value}", method, *noise)
+            for sampler in ("ddpm", "ddim"):
+                report_score(run, value, 0.5, sampler=sampler, samples=f"s{value}", steps=dict(ddpm=100, ddim=50)[sampler])
+                value += 1
+    report_score(report_run(runs / "weaker", "adv", 0.9, 0.2, lam=0.1), 77, 7)
+    text, _ = write_report(tmp_path)
+    table = report_section(text, "Table 2")
+    # made in the order noise, method, sampler: 10 ... 21
+    for noise, first in zip(("clean", "90 % with σ 0.1", "90 % with σ 0.2"), (10, 14, 18)):
+        for method, add in (("DDPM", 0), ("Robust_adv", 2)):
+            for sampler, more in (("DDPM", 0), ("DDIM", 1)):
+                assert report_line(table, noise, sampler, method)[0] == f"{first + add + more}.0 / 0.500"
+    assert report_line(table, "clean", "DDIM", "Robust_adv")[1:] == ["31.2 / 6.38", "17.59 / 2.18", "48.8 / 2.39", "–"]
+    assert report_line(table, "90 % with σ 0.2", "DDPM", "DDPM")[1:] == ["102.68 / 4.19", "96.03 / 2.65", "95.85 / 4.08", "129.4"]
+    fig7 = report_section(text, "Fig. 7")
+    assert report_line(fig7, "90 % with σ 0.2", "0.1")[0] == "77.0 / 7.00 / 1.00"
+    assert report_line(fig7, "90 % with σ 0.2", "0.3")[0] == "20.0 / 0.500 / 1.00"
+    assert report_line(report_section(text, "Table 1, bottom"), "300", "Robust_adv")[0] == "–"
+
+
+def test_report_averages_seeds(tmp_path):
+    """Catches a deviation with ddof 0 (0.707), the seeds taken as two configurations, or a copy counted as a seed."""
+    for seed, (distance, rho) in enumerate([(1.0, 4.0), (3.0, 8.0)]):
+        report_score(report_run(tmp_path / "runs" / f"s{seed}", seed=seed), distance, rho)
+    report_score(report_run(tmp_path / "runs" / "z-copy", seed=1), 3.0, 8.0)
+    text, _ = write_report(tmp_path)
+    # mean 2, sample deviation sqrt(((1-2)^2 + (3-2)^2) / 1) = 1.414; rho: mean 6, sqrt(8) = 2.828
+    table = report_section(text, "Table 2")
+    assert report_line(table, "90 % with σ 0.2", "DDPM", "Robust_adv")[0] == "2.00 ± 1.41 / 6.00 ± 2.83"
+    assert "2 seed(s)" in table and "600 steps of 64 images" in table and "512 samples" in table
+    assert "z-copy" in report_section(text, "Left out")
+
+
+def test_report_leaves_what_has_not_run_a_dash(tmp_path):
+    """Catches a number invented for a stage that is missing, and its claim decided all the same."""
+    report_score(report_run(tmp_path / "runs" / "adv"), 1.0, 0.5)
+    report_run(tmp_path / "runs" / "ddpm", "ddpm")            # trained, not sampled
+    text, claims = write_report(tmp_path)
+    assert report_line(report_section(text, "Table 2"), "90 % with σ 0.2", "DDPM", "DDPM")[0] == "–"
+    assert claims[BEATS, "subspace 4×4, FD-exact"][-2:] == ["1.00, –", "not measured"]
+    assert {row[1] for row in claims.values() if row[-1] != "not measured"} == {"3.1"}      # the cost, which is in the logs
+    assert report_section(text, "Fig. 6 left").count("| – |") == 2 and "Not measured yet." in report_section(text, "Fig. 8b")
+
+
+def test_report_claim_turns_with_its_numbers(tmp_path):
+    """Catches a rule that is upside down, does not look at the numbers, or overlooks the seeds' spread."""
+    report_pair(tmp_path)
+    _, claims = write_report(tmp_path)
+    assert claims[BEATS, "subspace 4×4, FD-exact"][-2:] == ["1.00, 3.00", "holds"]
+    assert claims[BEATS, "subspace 4×4, ρ"][-2:] == ["0.500, 2.00", "holds"]
+    report_pair(tmp_path / "swapped", adv=(3.0, 2.0), ddpm=(1.0, 0.5))
+    _, claims = write_report(tmp_path / "swapped")
+    assert claims[BEATS, "subspace 4×4, FD-exact"][-2:] == ["3.00, 1.00", "does not hold"]
+    for seed, value in ((1, 8.0), (2, 0.0)):                # adv 4 +- 3.6 > ddpm 3 still, but within the spread
+        report_score(report_run(tmp_path / "swapped/runs" / f"{seed}", seed=seed), 1 + value, 0.5)
+    _, claims = write_report(tmp_path / "swapped")
+    assert claims[BEATS, "subspace 4×4, FD-exact"][-1] == "does not hold (within the seeds' spread)"
+
+
+def test_report_rules_hold_for_the_paper_itself():
+    """Catches a slip in the paper's numbers or a claim turned round: all but two hold of its own numbers. Those are in the
+    paper: Table 1's ran, 79.21, is above Table 2's DDPM, 58.05, though the text puts it far below the baselines."""
+    decided = {}
+    for claim in report.CLAIMS:
+        for name in (None, *report.NAMES):
+            number = "FID" if isinstance(claim.numbers, str) else claim.numbers[0]
+            cells = [report.cell(report.PAPER, number, where | dict(data=name)) for where in claim.cells]
+            if all(cells):
+                assert all(c[2] == 1 for c in cells)        # one number each
+                decided[claim.text, name] = report.verdict(claim.rule, cells)
+    assert [k for k, v in decided.items() if v != "holds"] == [("ran too beats DDPM, 90 % with σ 0.1", "cifar10")]
+    assert len(decided) == 52                               # counted by hand
+
+
+def test_report_keeps_the_limits_apart(tmp_path):
+    """Catches a run below RUNS/limits in another table, or the table of the price without it or without the main run."""
+    runs = tmp_path / "runs"
+    report_pair(tmp_path)
+    for share in (1.0, 0.25):
+        run = report_run(runs / "limits" / f"{share}", cost=1 + share, step=1000, reg_share=share, seed=9)
+        report_score(run, 50 + share, 5.0)
+        report_score(run, 60, 6.0, samples="fgsm-100", attack="fgsm", percent=100)
+    text, claims = write_report(tmp_path)
+    price = report_section(text, "The price")
+    assert report_line(price, "Robust_adv", "0.25", "no", "32 × (1,)", "1,000")[:3] == ["1.25", "50.2", "5.00"]
+    assert report_line(price, "DDPM", "–", "no", "32 × (1,)", "600")[1] == "3.00"
+    assert report_line(price, "Robust_adv", "1", "no", "32 × (1,)", "1,000") == ["2.00", "51.0", "5.00", "20.0", "0.250"]
+    assert "600 to 1,000 steps of 64 images, regulariser on 0.25 or 1 of them" in price
+    rest = text.replace(price, "")
+    assert not any(number in rest for number in ("50.2", "51.0", "60.0", "1.25 "))
+    assert report_line(report_section(text, "3.1"), "Robust_adv")[0] == "1.00"
+    assert claims[BEATS, "subspace 4×4, FD-exact"][-2] == "1.00, 3.00"
+
+
+def test_report_calls_only_fid_fid(tmp_path):
+    """Catches FD-pixels printed as the paper's FID, and FID and FD-pixels of one data set in one column."""
+    run = report_run(tmp_path / "runs" / "a", name="cifar10", size=16)
+    report_score(run, 29.5, metric="FD-pixels")
+    text, claims = write_report(tmp_path)
+    assert "ours (FD-pixels, CIFAR-10 16×16)" in report_section(text, "Table 2") and "ours (FID" not in report_section(text, "Table 5")
+    assert (BEATS, "CIFAR-10 16×16, FD-pixels") in claims and (BEATS, "CIFAR-10 16×16, FID") not in claims
+    report_score(run, 8.25, metric="FID", is_mean=9.5)
+    table = report_section(write_report(tmp_path)[0], "Table 2")
+    assert report_line(table, "90 % with σ 0.2", "DDPM", "Robust_adv")[0] == "8.25 / 9.50" and "FD-pixels" not in table
+
+
+def test_report_attacks(tmp_path):
+    """Catches an attacked sample taken for an ordinary one, a wrong share, and displacement and control exchanged."""
+    for method, base in (("adv", 10), ("ddpm", 20)):
+        run = report_run(tmp_path / "runs" / method, method, 0, 0)
+        report_score(run, base, 1.0)
+        for k in report.PERCENT:
+            report_score(run, base + k, 1.0, samples=f"fgsm-{k}", attack="fgsm", percent=k, n=128)
+    text, claims = write_report(tmp_path)
+    table = report_section(text, "Fig. 8b")
+    assert report_line(table, "fgsm", "75 %", "Robust_adv") == ["85.0 / 1.00 / 0.250 / 0.125", "90.7 / –"]
+    assert report_line(table, "none", "0 %", "DDPM")[0] == "20.0 / 1.00 / – / –" and "512 samples" in report_section(text, "2.3")
+    assert claims["adv withstands fgsm better than DDPM", "subspace 4×4, FD-exact"][-1] == "holds"
+    both = claims["fgsm on 100 % instead of 25 % of the steps costs adv less than DDPM", "subspace 4×4, FD-exact"]
+    assert both[-2:] == ["110, 35.0, 120, 45.0", "does not hold"]           # 75 each: not less
+
+
+def test_report_tells_runs_apart(tmp_path):
+    """Catches fine-tuned taken for trained from scratch, the flags of Table 5 mixed up, eps units among the paper's, and
+    samples of another model beside a log."""
+    runs = tmp_path / "runs"
+    report_score(report_run(runs / "a", init="somewhere"), 11, 1)
+    report_score(report_run(runs / "b"), 12, 1)
+    for k, flags in enumerate(("oracle", "conf1", "conf2")):
+        report_score(report_run(runs / flags, "ambient", flags=flags, sigma_known=0.2), 13 + k, 1)
+    report_score(report_run(runs / "c", "adv", 0.9, 0.1, lam_units="eps"), 16, 1)
+    run = report_run(runs / "d", "ran", 0.9, 0.1)
+    report_score(report_run(runs / "e", "ddpm", 0.9, 0.1), 17, 1)
+    (runs / "e" / "ddpm-100.npz.fd-exact.json").rename(run / "ddpm-100.npz.fd-exact.json")
+    text, _ = write_report(tmp_path)
+    assert report_line(report_section(text, "Table 4"), "90 % with σ 0.2", "Robust_adv", "fine-tuned")[0] == "11.0 / 1.00"
+    assert report_line(report_section(text, "Table 4"), "90 % with σ 0.2", "Robust_adv", "from scratch")[0] == "12.0 / 1.00"
+    for k, flags in enumerate(("oracle", "conf1", "conf2")):
+        assert report_line(report_section(text, "Table 5"), "90 % with σ 0.2", f"noise-aware, {flags}")[0] == f"{13 + k}.0 / 1.00"
+    assert report_line(report_section(text, "Table 1, top"), "90 % with σ 0.1", "Robust_adv")[0] == "–"
+    assert report_line(report_section(text, "Table 1, top"), "90 % with σ 0.1", "Robust_ran")[0] == "–"
+    left = report_section(text, "Left out")
+    assert "lam_units is eps" in left and "d/ddpm-100`: made by a run other than" in left
+
+
+def test_report_memory_and_toys(tmp_path):
+    """Catches share and mean exchanged, a claim of toy3d.py lost or turned, and its figures not brought along."""
+    for method, shared in (("adv", 0.125), ("ddpm", 0.25)):
+        run = report_run(tmp_path / "runs" / method, method, 0, 0)
+        report_score(run, 1.0, 0.5)
+        own = dict(mean=0.5 if method == "adv" else 0.625, p75=0.6, p90=0.7, p95=0.75, share=shared)
+        made = json.loads((run / "ddpm-100.npz.fd-exact.json").read_text())["protocol"]
+        (run / "ddpm-100.npz.memorize.json").write_text(json.dumps(dict(
+            metric="memorisation", features="pixels", n=8, n_train=9, generated=own, train=own, protocol=made,
+            histogram=dict(edges=[-1, 0, 1], generated=[1, 3], train=[2, 2]))))
+    toy = tmp_path / "runs" / "toy3d"
+    toy.mkdir()
+    cell = dict(data="oblique-plane", noise="inlier", method="adv", seed=3, name="inlier adv", rms=[0.0784, 0.005], steps=3000,
+                batch=128, n=512, kept=[0.9, 0.01], score_error=[0.3, 0.02])
+    said = dict(data="oblique-plane", claim="invariance diverges", where="Fig. 10", number="rms", factor=2, smaller="clean ddpm",
+                larger="clean inv", values=[0.5, 0.75], holds=False)
+    (toy / "toy3d.json").write_text(json.dumps(cell) + "\n" + json.dumps(said) + "\n")
+    (toy / "fig2a.png").write_bytes(b"picture")
+    text, claims = write_report(tmp_path)
+    assert report_line(report_section(text, "Fig. 6 left"), "Robust_adv")[0] == "0.125 / 0.500 / 0.750"
+    assert "(the paper: DINOv2): pixels." in report_section(text, "Fig. 6 left")
+    assert claims["adv memorises less, clean data", "subspace 4×4, share ≥ 0.9"][4:] == ["no number", "0.125, 0.250", "holds"]
+    assert report_line(text, "oblique-plane", "inlier", "rms distance") == ["–", "–", "0.0784 ± 0.00500", "–"]
+    row = claims["invariance diverges", "oblique-plane, rms: clean ddpm, clean inv"]
+    assert row[1:3] == ["Fig. 10", "2 × a < b, apart by their deviations"] and row[-2:] == ["0.500, 0.750", "does not hold"]
+    assert (tmp_path / "out" / "fig2a.png").read_bytes() == b"picture" and "](fig2a.png)" in text
+
+
+@pytest.mark.parametrize("name, text", [("adv/ddpm-100.npz.fd-exact.json", "{broken"), ("adv/log.jsonl", '{"step": 0}\n'),
+                                        ("adv/log.jsonl", "nonsense\n"), ("adv/a.attack.json", "[]"),
+                                        ("adv/b.npz.fid.json", '{"metric": "distance", "protocol": {}}')])
+def test_report_names_a_damaged_file(tmp_path, capsys, name, text):
+    """Catches a traceback, or a damaged score passed over in silence, which would be a dash for no reason."""
+    report_pair(tmp_path)
+    (tmp_path / "runs" / name).write_text(text)
+    with pytest.raises(SystemExit) as end:
+        command_line(lambda: write_report(tmp_path))
+    said = capsys.readouterr().err
+    assert end.value.code == 2 and said.count("\n") == 1
+    assert str(tmp_path / "runs" / name) in said and not (tmp_path / "out" / "README.md").exists()
+
+
+def test_report_reads_a_log_that_is_being_written(tmp_path):
+    """Catches a report that cannot be made while a training runs: its last line may be half there."""
+    report_pair(tmp_path)
+    with open(tmp_path / "runs" / "adv" / "log.jsonl", "a") as log:
+        log.write('{"step": 601, "dd')
+    assert write_report(tmp_path)[1][BEATS, "subspace 4×4, FD-exact"][-1] == "holds"
+
+
+def test_report_refuses_nothing(tmp_path):
+    """Catches an empty report where the folder is misspelt or holds no run."""
+    with pytest.raises(UserError, match="no such folder"):
+        report.write(tmp_path / "runs", tmp_path / "out", None)
+    (tmp_path / "runs").mkdir()
+    with pytest.raises(UserError, match="no log.jsonl"):
+        report.write(tmp_path / "runs", tmp_path / "out", None)
+
+
+def test_report_without_matplotlib(tmp_path, monkeypatch, capsys):
+    """Catches tables that need matplotlib, and charts missing without a word. Grids come with Pillow alone."""
+    report_pair(tmp_path)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setattr(sys, "argv", ["report.py", "--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "out")])
+    report.main()
+    said, text = capsys.readouterr().out, (tmp_path / "out" / "README.md").read_text()
+    assert "matplotlib is not installed" in said and "matplotlib was not installed" in text
+    assert report_line(report_section(text, "Table 2"), "90 % with σ 0.2", "DDPM", "DDPM")[0] == "3.00 / 2.00"
+    assert "](samples-subspace-4-p0.9-s0.2.png)" in text and "](fig24-subspace-4-p0.9-s0.2.png)" in text
+    with Image.open(tmp_path / "out" / "samples-subspace-4-p0.9-s0.2.png") as sheet:
+        assert sheet.size == (608, 316)                     # two of 300 and the gap between
+
+
+def test_report_figures_are_there(tmp_path):
+    """Catches a figure that is linked and not made, or made and not linked, and a leftover temporary file."""
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    pyplot.switch_backend("Agg")
+    for method in ("adv", "ddpm"):
+        for noise in report.NOISES[:2]:
+            run = report_run(tmp_path / "runs" / f"{method}{noise[0]}", method, *noise)
+            report_score(run, 3.0, 1.0)
+            report_score(run, 3.0, 1.0, samples="fgsm-50", attack="fgsm", percent=50)
+        run = report_run(tmp_path / "runs/limits" / method, method, seed=3)
+        report_score(run, 3.0, 1.0)
+    text, _ = write_report(tmp_path, pyplot)
+    linked = {part.split(")")[0] for part in text.split("](")[1:]}
+    assert linked == {path.name for path in (tmp_path / "out").iterdir()} - {"README.md"}
+    assert {"fig3.png", "fig8.png", "price-0.png", "samples-subspace-4-p0-s0.png"} <= linked
 
 
 # ---------------------------------------------------------------------------------------------------------- run_all.sh
