@@ -693,8 +693,18 @@ def main(argv=None):
     args = arguments(argv)
     process = start_processes()
     inception = functools.cache(lambda: load_inception(args.weights, args.data_dir, process.device))
+    failed = 0
     for path in args.samples:
-        evaluate(path, args, process, inception)
+        try:
+            evaluate(path, args, process, inception)
+        except UserError as error:
+            # Of several, the others are still judged; other processes may be waiting for this one, which must then end.
+            if len(args.samples) == 1 or process.world > 1:
+                raise
+            print(f"fid.py: error: {error}", file=sys.stderr)
+            failed += 1
+    if failed:
+        raise UserError(f"{failed} of the {len(args.samples)} SAMPLES could not be judged, see above")
     if dist.is_initialized():
         dist.destroy_process_group()
 

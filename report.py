@@ -129,7 +129,7 @@ TABLES = {
                   "Displacement: rms a pixel, from the same noise's images without attack", ["cifar10"],
                   ["attack", "steps attacked", "model"],
                   [((a or "none", f"{k or 0} %", METHODS[m]), of(m, 0, 0, attack=a, percent=k)) for a, k in
-                   [(None, None), *itertools.product(ATTACKS, PERCENT)] for m in ("ddpm", "adv")],
+                   [(None, 0), *itertools.product(ATTACKS, PERCENT)] for m in ("ddpm", "adv")],
                   ["...", "displacement", "by random signs as large"]),
     "table4": Table("Table 4: fine-tuned against from scratch", ["celeba"], ["training data", "model", "trained"],
                     [((noise_name(*n), METHODS[m], "fine-tuned" if t else "from scratch"), of(m, *n, tuned=t))
@@ -227,7 +227,9 @@ def read_run(path, runs):
     """The record of a run from its log.jsonl; `variant` is what else makes two runs incomparable."""
     with _reading(path, "train.py"):
         lines = read_lines(path)
-        start = [line for line in lines if line.get("event") == "start"][-1]
+        start = ([line for line in lines if line.get("event") == "start"] or [None])[-1]
+        if start is None:                                   # killed before its first step
+            return None
         config = start["config"]
         data, training, network = config["data"], config["training"], config["network"]
         clean = not (data["p"] and data["sigma"])           # the one without the other corrupts nothing
@@ -270,7 +272,9 @@ STANDARD = dict(lam_units=["x"], omega=[2], gamma=[8 / 255], ema=[True], varianc
 def load(runs):
     """Everything below the folder. -> records of samples and of runs (sampler None), {path: why it is left out}."""
     found = {path.parent: read_run(path, runs) for path in sorted(runs.rglob("log.jsonl"))}
-    records, left, samples = list(found.values()), {}, {}
+    left = {path: "has not begun to train" for path, run in found.items() if run is None}
+    found = {path: run for path, run in found.items() if run}
+    records, samples = list(found.values()), {}
     for path in sorted(runs.rglob("*.json")):
         name = re.fullmatch(r"(.+?)(?:\.npz|\.npy|\.zip)?\.(attack|memorize|fid|fd-[a-z]+)\.json", path.name)
         if name:
@@ -295,7 +299,7 @@ def load(runs):
         attack = made.get("attack") if made.get("steps_attacked") else None
         records.append(run | numbers | dict(
             path=path, cost=None, sampler=made["sampler"], steps=made["steps"], n=made.get("n"), attack=attack,
-            percent=round(100 * made["steps_attacked"] / made["steps"]) if attack else None,
+            percent=round(100 * made["steps_attacked"] / made["steps"]) if "steps_attacked" in made else None,
             step=made.get("step", run["step"])))
     return records, left
 
@@ -318,7 +322,7 @@ def pool(records, key, left):
                 if variant == best:
                     kept.append(dict(same[0], cell=tuple(same[0][k] for k in key)))
                 left |= {r["path"]: "another has its cell" for r in same[variant == best:]}
-    group = lambda r: (r["data"], r["size"], r["sampler"], r.get("attack") is None)
+    group = lambda r: (r["data"], r["size"], r["sampler"], r.get("percent") is None)
     for r in kept:
         steps.setdefault(group(r), Counter())[r.get("steps") or 0] += 1
     for r in kept:
@@ -427,6 +431,8 @@ def verdict(rule, cells):
     """Whether a rule holds of cells: in the means, and with a remark where the seeds' deviations can turn it."""
     if not all(cells):
         return "not measured"
+    if not any(c[0] for c in cells):
+        return "not decided (all 0)"
     holds = RULES[rule](*(c[0] for c in cells)) > 0
     corners = itertools.product(*((c[0] - (c[1] or 0), c[0] + (c[1] or 0)) for c in cells))
     doubt = any((RULES[rule](*corner) > 0) != holds for corner in corners)
@@ -479,10 +485,10 @@ def price_tables(records):
     return found
 
 
-def toys(runs, out):
-    """What toy3d.py wrote, below RUNS or else in OUT. -> {file name: (path, records, claims)}."""
+def toys(runs):
+    """What toy3d.py wrote below RUNS. -> {file name: (path, records, claims)}."""
     found = {}
-    for path in [*sorted(out.glob("toy3d*.json")), *sorted(runs.rglob("toy3d*.json"))]:
+    for path in sorted(runs.rglob("toy3d*.json")):
         with _reading(path, "toy3d.py"):
             lines = read_lines(path)
             found[path.stem] = path, [r for r in lines if "claim" not in r], [r for r in lines if "claim" in r]
@@ -493,7 +499,7 @@ def toys(runs, out):
 
 def toy_section(found):
     """toy3d.py's numbers in two compact tables. -> Markdown."""
-    pair = lambda r, key: show((*r[key], 0)) if None not in r[key] else DASH
+    pair = lambda r, key: DASH if None in r[key] else show((r[key][0], r[key][1] if r["seed"] > 1 else None, 0))
     text, main = "", found.get("toy3d")
     if main:
         names = {"rms": "rms distance", "kept": "variance kept", "score_error": "relative error of the score"}
@@ -658,7 +664,7 @@ def write(runs, out, plt):
     """Reads RUNS, writes OUT/README.md and its figures. -> the rows of the table of claims. plt: pyplot, or None."""
     if not runs.is_dir():
         raise UserError(f"--runs {runs}: no such folder; `bash run_all.sh` makes runs/quick or runs/paper")
-    toy = toys(runs, out)
+    toy = toys(runs)
     loaded, left = load(runs)
     if not loaded and not any(runs in path.parents for path, _, _ in toy.values()):
         raise UserError(f"--runs {runs}: no log.jsonl of a training, and no toy3d.json; `bash run_all.sh` makes them")

@@ -12,24 +12,29 @@
 # that was stopped goes on; a stage that fails is reported at the end and the others go on. Models are shared by the tables.
 #
 # PYTHON=python3            this environment as it is, instead of a .venv made here
-# LANES=4                   commands at a time (default: the cores, at most 8; one where there are GPUs)
-# TRAIN_FLAGS="--amp"       more flags for every training
-# NNODES=2 NODE_RANK=0 MASTER_ADDR=host0 MASTER_PORT=29500     the same command on every machine, on one shared folder
+# LANES=4                   commands at a time (default: quick and dry the cores, at most 8; paper one)
+# TRAIN_FLAGS="--amp"       more flags for the tables' trainings
+# CELEBA=img_align_celeba.zip LSUN_BEDROOM=... IMAGENET64=... BUTTERFLIES=...      what data.py takes as --src
+# NNODES=2 NODE_RANK=0 MASTER_ADDR=host0 MASTER_PORT=29500     the same command on every machine, on one shared folder, with
+#                           the same PYTHON; what is not distributed runs on NODE_RANK 0, and the others wait for it
 set -euo pipefail
 cd "$(dirname "$0")"
+
+fail() {
+    echo "run_all.sh: error: $*" >&2
+    exit 2
+}
 
 set_up() {
     if [ -n "${PYTHON:-}" ]; then return; fi
     PYTHON=.venv/bin/python
     if cmp -s requirements.txt .venv/installed.txt; then return; fi
     if ! python3 -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then
-        echo "run_all.sh: error: python3 is $(python3 --version 2>&1 || echo missing); 3.10 or newer is needed" >&2
-        exit 2
+        fail "python3 is $(python3 --version 2>&1 || echo missing); 3.10 or newer is needed"
     fi
     echo "run_all.sh: making .venv with the packages of requirements.txt"
     if ! python3 -m venv .venv; then
-        echo "run_all.sh: error: python3 -m venv failed; on Debian or Ubuntu: apt install python3-venv" >&2
-        exit 2
+        fail "python3 -m venv failed; on Debian or Ubuntu: apt install python3-venv"
     fi
     "$PYTHON" -m pip install --quiet --requirement requirements.txt
     "$PYTHON" -m pip install --quiet matplotlib || echo "run_all.sh: no matplotlib: tables without figures"
@@ -46,46 +51,76 @@ job() {
     case "$SEEN" in *"|$target|"*) return ;; esac
     SEEN="$SEEN$target|"
     if [ -e "$target" ]; then return; fi
-    printf '%s\n' "$*" >> "$QUEUE.$phase"
+    printf '%s\t%s\n' "$target" "$*" >> "$QUEUE.$phase"
 }
 
-# Runs one command; with several lanes its output goes to a file and what it made is said when it ends.
+# one_job "TARGET<tab>COMMAND": runs it; with several lanes its output goes to a file, and its end is said.
 one_job() {
-    local began=$SECONDS log status=0
-    echo "\$ $1"
-    if [ "$LANES" = 1 ]; then
-        $1 || status=$?
-        if [ "$status" != 0 ]; then echo "$1" >> "$QUEUE.failed"; fi
+    local target=${1%%$'\t'*} command=${1#*$'\t'} began=$SECONDS log=/dev/stdout status=0
+    echo "\$ $command"
+    if [ "${NODE_RANK:-0}" != 0 ] && [[ "$command" != *--nnodes* ]]; then
+        until [ -e "$target" ] || [ -e "$target.failed" ]; do sleep 5; done
         return 0
     fi
-    log=$(mktemp "$ROOT/logs/XXXXXXXX")
-    $1 > "$log" 2>&1 || status=$?
-    if [ "$status" = 0 ]; then
-        echo "  $((SECONDS - began)) s: $1"
-    else
-        echo "  FAILED, status $status: $1: $(tail -n 1 "$log")"
-        echo "$1" >> "$QUEUE.failed"
+    if [ "$LANES" != 1 ]; then log=$(mktemp "$ROOT/logs/XXXXXXXX"); fi
+    $command > "$log" 2>&1 &
+    echo $! >> "$QUEUE.running"
+    wait $! || status=$?
+    if [ "$status" -ge 130 ]; then return 255; fi           # stopped: xargs starts no more
+    if [ "$status" != 0 ]; then
+        echo "  FAILED, status $status: $command: $(if [ "$LANES" != 1 ]; then tail -n 1 "$log"; fi)"
+        echo "$command" >> "$QUEUE.failed"
+        if [ -d "$(dirname "$target")" ] && [ "${NNODES:-1}" -gt 1 ]; then touch "$target.failed"; fi
+    elif [ "$LANES" != 1 ]; then
+        echo "  $((SECONDS - began)) s: $command"
     fi
 }
 export -f one_job
 
+# What was started is ended, and has saved, before this ends.
+stop() {
+    trap '' INT TERM
+    kill "$XARGS" 2> /dev/null || true
+    local pid
+    while read -r pid; do
+        kill "$pid" 2> /dev/null || true
+        while kill -0 "$pid" 2> /dev/null; do sleep 0.2; done
+    done < "$QUEUE.running"
+    echo "run_all.sh: stopped; the same command goes on" >&2
+    exit 130
+}
+
 run_phases() {
-    local phase data file found
+    local phase data target file found
     for phase in images data train tune sample score; do
         for data in $DATASETS subspace; do                  # one fid.py for all samples of a data set
             if [ $phase = score ] && [ -s "$QUEUE.fid-$data" ]; then
                 found=""
-                while read -r file; do if [ -e "$file" ]; then found="$found $file"; fi; done < "$QUEUE.fid-$data"
-                if [ -n "$found" ]; then echo "$LAUNCH -- fid.py$found --ref $data --data-dir $DATA $(if [ "$data" != subspace ]; then echo "$SCORE"; fi)" >> "$QUEUE.score"; fi
+                while IFS=$'\t' read -r target file; do
+                    if [ -e "$file" ]; then found="$found $file"; fi
+                done < "$QUEUE.fid-$data"
+                if [ -n "$found" ]; then
+                    # shellcheck disable=SC2086
+                    printf '%s\t%s\n' "$target" "$HERE_LAUNCH -- fid.py$found --ref $data --data-dir $DATA $(
+                        if [ "$data" != subspace ]; then echo "$SCORE"; fi)" >> "$QUEUE.score"
+                fi
                 rm "$QUEUE.fid-$data"
             fi
         done
         if [ -s "$QUEUE.$phase" ]; then
-            tr '\n' '\0' < "$QUEUE.$phase" | xargs -0 -P "$LANES" -I{} bash -c 'one_job "$1"' _ {}
+            tr '\n' '\0' < "$QUEUE.$phase" > "$QUEUE.now"
+            : > "$QUEUE.running"
+            xargs -0 -n 1 -P "$LANES" "$BASH" -c 'one_job "$1"' _ < "$QUEUE.now" &
+            XARGS=$!
+            trap stop INT TERM
+            wait $XARGS || true
+            trap - INT TERM
             rm "$QUEUE.$phase"
         fi
     done
-    "$PYTHON" report.py --runs "$ROOT" --out "$RESULTS"
+    if [ "${NODE_RANK:-0}" = 0 ]; then
+        "$PYTHON" report.py --runs "$ROOT" --out "$RESULTS" || echo "report.py --runs $ROOT" >> "$QUEUE.failed"
+    fi
 }
 
 # ----------------------------------------------------------------------------------------- what the tables are made of
@@ -235,11 +270,15 @@ fig8() {
     for method in ddpm adv; do
         one "$MAIN" $method 0 0 seed0 --seed 0
         run=$(run_of "$MAIN" $method 0 0 seed0)
+        # shellcheck disable=SC2086
+        job sample "$run/none.attack.json" $LAUNCH -- attack.py "$run" --steps-attacked 0 --n "$N_ATTACK" --steps "$ATTACK_STEPS" \
+            $SAMPLE --out "$run/none.npz"
+        score "$MAIN" "$run/none.npz"
         for attack in fgsm pgd eot noise drift; do
             for percent in 25 50 75 100; do
                 name=$attack-$percent
                 # shellcheck disable=SC2086
-                job sample "$run/$name.npz" $LAUNCH -- attack.py "$run" --attack $attack --steps-attacked $percent% \
+                job sample "$run/$name.attack.json" $LAUNCH -- attack.py "$run" --attack $attack --steps-attacked $percent% \
                     --n "$N_ATTACK" --steps "$ATTACK_STEPS" $SAMPLE $ATTACK --out "$run/$name.npz"
                 score "$MAIN" "$run/$name.npz"
             done
@@ -248,10 +287,11 @@ fig8() {
 }
 
 table4() {
-    local sigma seed from out
+    local sigma from out
     for sigma in 0.1 0.2; do
         pair "$TABLE4" 0.9 $sigma
-        from=$(run_of "$TABLE4" ddpm 0.9 $sigma seed0)
+        from=$(run_of "$TABLE4" ddpm 0.9 $sigma before-tuning)
+        STEPS=$((STEPS - TUNE)) model "$TABLE4" ddpm 0.9 $sigma before-tuning
         out=$(run_of "$TABLE4" adv 0.9 $sigma fine-tuned)
         # shellcheck disable=SC2046,SC2086
         job tune "$out/samples-$(printf %08d "$TUNE").png" $LAUNCH train.py --data "$TABLE4" $(size "$TABLE4") --data-dir "$DATA" \
@@ -290,7 +330,7 @@ price_of() {
     job train "$run/samples-$(printf %08d 1000).png" "$PYTHON" train.py --data subspace --size 8 --data-dir "$DATA" --p 0.9 \
         --sigma 0.2 --steps 1000 --preset small --mult 1,1 --batch 64 --lr 1e-3 --ema 0.99 "$@" --out "$run"
     job sample "$run/ddpm-100.npz" "$PYTHON" sample.py "$run" --n 512 --steps 100 --batch 256 --out "$run/ddpm-100.npz"
-    job sample "$run/fgsm-100.npz" "$PYTHON" attack.py "$run" --steps-attacked 100% --n 128 --steps 100 --out "$run/fgsm-100.npz"
+    job sample "$run/fgsm-100.attack.json" "$PYTHON" attack.py "$run" --steps-attacked 100% --n 128 --steps 100 --out "$run/fgsm-100.npz"
     score subspace "$run/ddpm-100.npz"
     score subspace "$run/fgsm-100.npz"
 }
@@ -300,9 +340,9 @@ price_of() {
 quick() {
     ROOT=runs/quick RESULTS=results DATA=data
     LANES=${LANES:-$(cores)}
-    LAUNCH=$PYTHON
+    LAUNCH=$PYTHON HERE_LAUNCH=$PYTHON
     MAIN=subspace DATASETS=subspace FIG7=subspace FIG7_SIGMAS=0.2 TABLE4=subspace SUBSPACE=4 SUBSPACE_IMAGES=shapes
-    SEEDS="0 1 2" SWEEP_SEEDS=1 STEPS=500 TUNE=150 FULL=100 DDIM=50 N=256 N_ATTACK=128 ATTACK_STEPS=50 METRIC=
+    SEEDS="0 1 2" SWEEP_SEEDS=1 STEPS=500 TUNE=150 FULL=100 DDIM=50 N=256 N_ATTACK=128 ATTACK_STEPS=48 METRIC=
     TRAIN="--preset small --mult 1 --batch 32 --lr 2e-3 --ema 0.99 --sample-every 125"
     SAMPLE="--batch 256" SCORE="" ATTACK="--iters 5 --eot 2" MEMORIZE="--features pixels"
     ABOUT="4x4 subspace data, $STEPS steps a model: about 35 minutes on two slow cores"
@@ -315,37 +355,42 @@ paper() {
     SUBSPACE=32 SUBSPACE_IMAGES=butterflies
     SEEDS=0 SWEEP_SEEDS=3 STEPS=500000 TUNE=158300 FULL=1000 DDIM=250 N=50000 N_ATTACK=50000 ATTACK_STEPS=1000 METRIC=fid
     TRAIN="--sample-every 50000" SAMPLE="--batch 500" SCORE="" ATTACK="" MEMORIZE=""
-    local gpus
+    local gpus launch
     gpus=$("$PYTHON" -c 'import torch; print(max(1, torch.cuda.device_count()))')
-    LAUNCH="$PYTHON -m torch.distributed.run --nproc_per_node $gpus"
+    PROCESSES=$((gpus * ${NNODES:-1}))
+    launch="$PYTHON -m torch.distributed.run --nproc_per_node $gpus"
+    HERE_LAUNCH=$PYTHON
+    if [ "$gpus" -gt 1 ]; then HERE_LAUNCH="$launch --standalone"; fi
+    LAUNCH=$HERE_LAUNCH
     if [ "${NNODES:-1}" -gt 1 ]; then
-        LAUNCH="$LAUNCH --nnodes $NNODES --node_rank $NODE_RANK --master_addr $MASTER_ADDR --master_port ${MASTER_PORT:-29500}"
-    elif [ "$gpus" -gt 1 ]; then
-        LAUNCH="$LAUNCH --standalone"
-    else
-        LAUNCH=$PYTHON
+        LAUNCH="$launch --nnodes $NNODES --node_rank ${NODE_RANK:?is needed with NNODES: 0, 1, ...} \
+            --master_addr ${MASTER_ADDR:?is needed with NNODES: the machine of NODE_RANK 0} --master_port ${MASTER_PORT:-29500}"
     fi
-    ABOUT="$STEPS steps a model on $gpus process(es): every training prints its own estimate in its first minute"
+    ABOUT="$STEPS steps a model on $PROCESSES process(es): every training prints its own estimate in its first minute"
+    if [ "$SCALE" = paper ] && [ $((128 % PROCESSES)) != 0 ]; then
+        fail "$PROCESSES GPUs do not divide the batch of 128; choose some with CUDA_VISIBLE_DEVICES"
+    fi
 }
 
 # The paper's commands with what makes them short appended: the last of two equal flags counts.
 dry() {
+    LANES=${LANES:-$(cores)}
     paper
-    ROOT=runs/dry RESULTS=results-dry DATA=runs/dry/data LANES=${LANES:-$(cores)}
+    ROOT=runs/dry RESULTS=results-dry DATA=runs/dry/data
+    rm -rf $ROOT
     STEPS=2 TUNE=2 N=2 N_ATTACK=2 METRIC=fd-pixels SUBSPACE=16
-    TRAIN="--sample-every 50000 --channels 32 --res-blocks 1 --mult 1,1 --attn 8 --heads 2 --batch 4 --timesteps 25"
+    TRAIN="--sample-every 50000 --channels 32 --res-blocks 1 --mult 1,1 --attn 8 --heads 2 --batch $((4 * PROCESSES)) --timesteps 25"
     SAMPLE="--batch 500 --steps 2" SCORE="--features pixels" MEMORIZE="--features pixels" ATTACK="--iters 2 --eot 2"
     ABOUT="two steps a model"
-    if [ ! -d $ROOT/images ]; then                          # stand in for the data sets that no script can download
-        "$PYTHON" data.py shapes --n 32 --size 160 --out $ROOT/shapes
-        "$PYTHON" - $ROOT/shapes/shapes-160.npy $ROOT/images <<'PYTHON'
+    # Shapes stand in for the data sets, which no script can download.
+    "$PYTHON" data.py shapes --n 64 --size 160 --out $ROOT/shapes
+    "$PYTHON" - $ROOT/shapes/shapes-160.npy $ROOT/images <<'PYTHON'
 import pathlib, sys, numpy, PIL.Image
 folder = pathlib.Path(sys.argv[2])
 folder.mkdir()
 for k, image in enumerate(numpy.load(sys.argv[1])):
     PIL.Image.fromarray(image.transpose(1, 2, 0)).save(folder / f"{k:02d}.png")
 PYTHON
-    fi
     export CIFAR10=$ROOT/images CELEBA=$ROOT/images LSUN_BEDROOM=$ROOT/images IMAGENET64=$ROOT/images BUTTERFLIES=$ROOT/images
 }
 
@@ -363,12 +408,6 @@ reproduce() {
     QUEUE=$(mktemp -d)/queue
     export QUEUE
     trap 'rm -rf "$(dirname "$QUEUE")"' EXIT
-    for table in "$@"; do
-        case " $ALL price " in
-            *" $table "*) ;;
-            *) echo "run_all.sh: error: '$table' is not a table; they are: $ALL price" >&2; exit 2 ;;
-        esac
-    done
     echo "run_all.sh $SCALE: ${*}; $ABOUT. $LANES at a time, runs in $ROOT, tables in $RESULTS/README.md"
     "$1"                                                    # the first one by itself, so that there is a table soon
     run_phases
@@ -384,18 +423,30 @@ reproduce() {
 }
 
 SCALE=${1:-}
+ALL="table1 toy table2 fig3 fig6 fig7 fig8 table4 table5"
+case "$SCALE" in
+    "" | quick | paper | dry | test) ;;
+    -h | --help) sed -n '2,/^set -/{/^set -/d;s/^# \{0,1\}//;p;}' run_all.sh; exit ;;
+    *) fail "'$SCALE' is not known; it is: bash run_all.sh [quick|paper|dry|test] [$ALL price]" ;;
+esac
+for table in "${@:2}"; do
+    case " $ALL $(if [ "$SCALE" = quick ]; then echo price; fi) " in
+        *" $table "*) ;;
+        *) fail "'$table' is not a table of $SCALE; they are: $ALL, and quick's price" ;;
+    esac
+done
+for path in "${PYTHON:-}" "${CIFAR10:-}" "${CELEBA:-}" "${LSUN_BEDROOM:-}" "${IMAGENET64:-}" "${BUTTERFLIES:-}"; do
+    case "$path" in *[[:space:]]*) fail "'$path': a path without spaces is needed" ;; esac
+done
 set_up
 if [ -z "$SCALE" ]; then
     SCALE=$("$PYTHON" -c 'import torch; print("paper" if torch.cuda.is_available() else "quick")')
 fi
-ALL="table1 toy table2 fig3 fig6 fig7 fig8 table4 table5"
-case "$SCALE" in
-    test) exec "$PYTHON" -m pytest -q test_core.py ;;
-    quick | paper | dry) ;;
-    *) echo "run_all.sh: error: '$SCALE' is not known; it is: bash run_all.sh [quick|paper|dry|test] [$ALL price]" >&2; exit 2 ;;
-esac
+if [ "$SCALE" = test ]; then exec "$PYTHON" -m pytest -q test_core.py; fi
 "$SCALE"
-if [ $# -gt 1 ]; then reproduce "${@:2}"; else
+if [ $# -gt 1 ]; then
+    reproduce "${@:2}"
+else
     # shellcheck disable=SC2086
     reproduce $ALL
 fi

@@ -19,6 +19,7 @@ import signal
 import statistics
 import sys
 import time
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -130,7 +131,7 @@ def assumed_noise(images, flags, sigma_known):
     """
     noisy = np.ones(len(images), bool)
     if flags != "conf2":
-        noisy = images.corrupted(np.arange(len(images)))
+        noisy = images.corrupted(np.arange(len(images))) & (images.sigma > 0)
     if flags == "conf1":
         noisy ^= np.random.default_rng([images.data_seed, FLAG_STREAM]).random(len(images)) < images.p
     return np.float32(sigma_known) * noisy.astype(np.float32)
@@ -385,12 +386,6 @@ def arguments():
         if getattr(args, name) is None:
             setattr(args, name, value)
     args.out = args.out or Path("runs") / f"{args.data}-{args.method}"
-    if args.method == "ambient":
-        args.sigma_known = args.sigma_known or args.sigma or 0.1
-        if args.learn_sigma:
-            raise UserError("--method ambient --learn-sigma: the baseline learns no variance; leave out --learn-sigma")
-    else:
-        args.flags = args.sigma_known = None
     for name in ("steps", "batch", "microbatch", "save_every", "lr", "lam", "gamma", "reg_share", "sigma_known", "channels",
                  "res_blocks", "heads"):
         value = getattr(args, name)
@@ -401,9 +396,16 @@ def arguments():
         value = getattr(args, name)
         if value is not None and not low <= value <= high:
             raise UserError(f"--{name.replace('_', '-')} {value}: must be from {low} to {high}")
-    every = round(1 / args.reg_share)
-    if every < 1 or abs(every * args.reg_share - 1) > 1e-2 or args.batch % every:
-        raise UserError(f"--reg-share {args.reg_share}: must be 1, 1/2, 1/3 ... of --batch {args.batch}, in whole images")
+    if args.method != "ambient":
+        args.flags = args.sigma_known = None
+    elif args.sigma_known is None:
+        args.sigma_known = args.sigma or 0.1
+    every, world = round(1 / args.reg_share), int(os.environ.get("WORLD_SIZE", 1))
+    if args.batch % world:
+        raise UserError(f"--batch {args.batch}: is not a multiple of the {world} processes")
+    if every < 1 or abs(every * args.reg_share - 1) > 1e-2 or args.batch % (world * every):
+        raise UserError(f"--reg-share {args.reg_share}: must be 1, 1/2, 1/3 ..., and whole images of each of the {world} "
+                        f"process(es)' share of --batch {args.batch}")
     args.reg_share = 1 / every
     return args
 
@@ -426,6 +428,8 @@ def configuration(args, images, init):
             if name != "dropout" and (network | process)[name] != value:
                 raise UserError(f"--init {args.init}: its {name} is {(network | process)[name]}, not {value}")
         network["dropout"] = chosen.get("dropout", network["dropout"])
+    if args.method == "ambient" and network["learn_sigma"]:
+        raise UserError("--method ambient: the baseline learns no variance; leave out --learn-sigma, or take another --init")
     data = dict(name=args.data, size=images.size, count=len(images), p=args.p, sigma=args.sigma, data_seed=args.data_seed,
                 low=float(images.low), high=float(images.high), float_data=images.array.dtype != np.uint8)
     training = {name: getattr(args, name) for name in (
@@ -440,6 +444,16 @@ def check_same(out, there, now):
                  for name, value in now[group].items() if there[group].get(name) != value]
     if differing:
         raise UserError(f"--out {out} holds another run: {'; '.join(differing)}. Give the same settings, or another --out")
+
+
+def check_processes_agree(config, process):
+    """Refuses to train where the processes were given different commands, as machines of one job can be."""
+    if process.world > 1:
+        mine = zlib.crc32(json.dumps(config, sort_keys=True).encode())
+        all_of_them = [torch.zeros((), dtype=torch.int64) for _ in range(process.world)]
+        dist.all_gather(all_of_them, torch.tensor(mine))
+        if len(set(map(int, all_of_them))) > 1:
+            raise UserError("the processes were given different settings or data: the same command is needed on every machine")
 
 
 def open_log(path, step):
@@ -465,9 +479,6 @@ def main():
     images = Images(args.data, args.size, args.data_dir, args.p, args.sigma, args.data_seed)
     if args.batch > len(images):
         raise UserError(f"--batch {args.batch}: {args.data} has only {len(images)} images")
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    if args.batch % world:
-        raise UserError(f"--batch {args.batch}: is not a multiple of the {world} processes")
     init = load_checkpoint(args.init) if args.init else None
     config = configuration(args, images, init)
     saved = load_checkpoint(args.out) if (args.out / "checkpoint.pt").exists() else None
@@ -478,13 +489,13 @@ def main():
             return
     process = start_processes()
     torch.set_float32_matmul_precision("high")              # TF32 where there is a GPU
+    check_processes_agree(config, process)
     trainer = Trainer(config, args.microbatch, args.compile, process)
     if saved or init:
         trainer.load(saved or init, resume=saved is not None)
     del saved, init
     first = process.rank == 0
-    log = open_log(args.out / "log.jsonl", trainer.step) if first else None
-
+    log = None
     def say(text):
         if first:
             print(text, flush=True)
@@ -507,7 +518,9 @@ def main():
 
     reader = ThreadPoolExecutor(1)                          # reads the next batch while the network works
     upcoming = reader.submit(read, trainer.step)
-    few = upcoming.result()[0][:trainer.microbatch if process.device.type == "cuda" else max(8, round(1 / args.reg_share))]
+    # On a CPU, where a large network takes minutes a batch, some 16 images of 32x32; the whole batch of small ones.
+    count = trainer.microbatch if process.device.type == "cuda" else max(8, round(1 / args.reg_share), 16 * 32**2 // images.size**2)
+    few = upcoming.result()[0][:count - count % round(1 / args.reg_share) or count]
     plain = trainer.cost(few.to(process.device), "ddpm")
     seconds = plain if args.method in ("ddpm", "ambient") else trainer.cost(few.to(process.device), args.method)
     price = f"x{seconds / plain:.2f} a plain DDPM step" + (" (the paper says x2.5)" if args.method == "adv" else "")
@@ -524,6 +537,7 @@ def main():
         f"training  steps {trainer.step} to {args.steps}, batch {args.batch} on {process.world} {process.device.type} "
         f"process(es), {'bfloat16' if args.amp else 'float32'}: about {estimate:.0f} minutes\n"
         f"output    {args.out}/checkpoint.pt every {args.save_every} steps, log.jsonl, sample grids")
+    log = open_log(args.out / "log.jsonl", trainer.step) if first else None
     record(step=trainer.step, event="start", config=config, world=process.world, device=process.device.type,
            torch=torch.__version__, cost=seconds / plain,
            code={name: sha256_of(Path(__file__).with_name(name))[:12] for name in ("train.py", "sample.py", "unet.py", "data.py")})
