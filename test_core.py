@@ -2730,7 +2730,7 @@ def test_toy_command_line_writes_table_and_figures(short_process, monkeypatch, t
     run_toy(monkeypatch, tmp_path)
     lines = [json.loads(line) for line in (tmp_path / "toy3d.json").read_text().splitlines()]
     records, claims = [r for r in lines if "rms" in r], [r for r in lines if "claim" in r]
-    assert len(records) == 2 * 3 * 4 and len(claims) == 25 and records[0]["seeds"] == 2
+    assert len(records) == 2 * 3 * 4 and len(claims) == 27 and records[0]["seeds"] == 2
     # after three steps no point may be near a mode, whose variance is then not a number
     assert all(math.isfinite(v) for r in records for key in toy3d.COLUMNS if key != "kept" for v in r[key])
     assert "NaN" not in (tmp_path / "toy3d.json").read_text()

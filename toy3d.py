@@ -315,6 +315,7 @@ CLAIMS = [
     ("adv unlearns inlier noise", "Fig. 2a, 3.1", "rms", 1, "inlier adv", "inlier ddpm"),
     ("adv suffers less from outliers", "Fig. 2a", "rms", 1, "outlier adv", "outlier ddpm"),
     ("adv unlearns more than ran", "3.1, Table 1", "rms", 1, "inlier adv", "inlier ran"),
+    ("adv unlearns more than ran, by the median", "3.1, Table 1", "median", 1, "inlier adv", "inlier ran"),
     ("ran unlearns more than ddpm", "3.1, Table 1", "rms", 1, "inlier ran", "inlier ddpm"),
     ("on clean data adv loses variance", "3.3", "kept", 1, "clean adv", "clean ddpm"),
     ("on clean data adv loses no mode", "3.3", "smallest_mode", 0.5, "clean ddpm", "clean adv"),
