@@ -176,7 +176,7 @@ def train(cells, steps, batch, balance=False, lr=3e-3):
         x_0, loss = points[rows, order[which, step]], 0
         for part, method in parts:
             terms = training_loss(nets, schedule, x_0[:, part], *(d[:, part] for d in (t, eps, beta, u)), method, *regularisation)
-            weight = balance_weight(schedule, t[:, part], *regularisation) if balance else 1
+            weight = balance_weight(schedule, t[:, part], *regularisation) if balance and cells[0].method != "ddpm" else 1
             loss = loss + sum(weight * term / (cells[0].reg_share if name == "reg" else 1) for name, term in terms.items()).sum()
         optimizer.zero_grad()
         (loss / batch).backward()                           # a sum over networks: none sees another's gradient

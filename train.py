@@ -353,8 +353,8 @@ def arguments():
     add("--gamma", type=float, default=8 / 255, help="Eq. 7's bias (default 8/255)")
     add("--reg-share", type=float, default=1.0, help="share of the batch on which the regulariser is computed, 1, 1/2, 1/3 "
         "...: a step costs (3 + 5 share) / 3 of DDPM's (default 1, the paper's)")
-    add("--balance", action="store_true", help="divide the loss at t by 1 + lambda_t: the same minimiser, and high noise "
-        "levels are learnt much sooner (default: the paper's sum)")
+    add("--balance", action="store_true", help="divide adv's, ran's or inv's loss at t by 1 + lambda_t: the same minimiser, "
+        "and high noise levels are learnt much sooner (default: the paper's sum)")
     add("--flags", choices=["oracle", "conf1", "conf2"], default="oracle", help="what ambient is told of each image's noise: "
         "the truth, a flag that is wrong with probability p, or that all are noisy (default oracle)")
     add("--sigma-known", type=float, help="the deviation that ambient is told (default --sigma, or 0.1 where that is 0)")
@@ -396,6 +396,7 @@ def arguments():
         value = getattr(args, name)
         if value is not None and not low <= value <= high:
             raise UserError(f"--{name.replace('_', '-')} {value}: must be from {low} to {high}")
+    args.balance = args.balance and args.method not in ("ddpm", "ambient")      # their loss has one term
     if args.method != "ambient":
         args.flags = args.sigma_known = None
     elif args.sigma_known is None:
