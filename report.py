@@ -638,6 +638,7 @@ def charts(records, prices, out, plt):
                                 fillstyle="none" if name == "noise" else "full",
                                 label=METHODS[m] + (", random signs" if name == "noise" else ""))
             ax.set(xlabel="% of the steps attacked", title=attack, xticks=PERCENT)
+        axes[0][0].set_yscale("log")
         axes[0][0].set_ylabel(f"{number}, {label_of(*main)}")
         figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
         save("fig8", figure)

@@ -56,14 +56,18 @@ job() {
 
 # one_job "TARGET<tab>COMMAND": runs it; with several lanes its output goes to a file, and its end is said.
 one_job() {
-    local target=${1%%$'\t'*} command=${1#*$'\t'} began=$SECONDS log=/dev/stdout status=0
+    local target=${1%%$'\t'*} command=${1#*$'\t'} began=$SECONDS log status=0
     echo "\$ $command"
     if [ "${NODE_RANK:-0}" != 0 ] && [[ "$command" != *--nnodes* ]]; then
         until [ -e "$target" ] || [ -e "$target.failed" ]; do sleep 5; done
         return 0
     fi
-    if [ "$LANES" != 1 ]; then log=$(mktemp "$ROOT/logs/XXXXXXXX"); fi
-    $command > "$log" 2>&1 &
+    if [ "$LANES" = 1 ]; then
+        $command &
+    else
+        log=$(mktemp "$ROOT/logs/XXXXXXXX")
+        $command > "$log" 2>&1 &
+    fi
     echo $! >> "$QUEUE.running"
     wait $! || status=$?
     if [ "$status" -ge 130 ]; then return 255; fi           # stopped: xargs starts no more
@@ -199,10 +203,12 @@ size() {
 # ---------------------------------------------------------------------------------------------------------- the tables
 
 toy() {
-    job train "$ROOT/toy3d/toy3d.json" "$PYTHON" toy3d.py --out "$ROOT/toy3d"
+    # shellcheck disable=SC2086
+    job train "$ROOT/toy3d/toy3d.json" "$PYTHON" toy3d.py $TOY --out "$ROOT/toy3d"
     local sweep
     for sweep in lam omega; do
-        job train "$ROOT/toy3d/toy3d-$sweep.json" "$PYTHON" toy3d.py --sweep $sweep --seeds "$SWEEP_SEEDS" --out "$ROOT/toy3d"
+        # shellcheck disable=SC2086
+        job train "$ROOT/toy3d/toy3d-$sweep.json" "$PYTHON" toy3d.py --sweep $sweep $TOY_SWEEP --out "$ROOT/toy3d"
     done
 }
 
@@ -347,7 +353,7 @@ quick() {
     LANES=${LANES:-$(cores)}
     LAUNCH=$PYTHON HERE_LAUNCH=$PYTHON
     MAIN=subspace DATASETS=subspace FIG7=subspace FIG7_SIGMAS=0.2 TABLE4=subspace SUBSPACE=4 SUBSPACE_IMAGES=shapes
-    SEEDS="0 1 2" SWEEP_SEEDS=1 STEPS=600 TUNE=150 FULL=100 DDIM=50 N=256 N_ATTACK=128 ATTACK_STEPS=48 METRIC=
+    SEEDS="0 1 2" TOY="" TOY_SWEEP="--seeds 1" STEPS=600 TUNE=150 FULL=100 DDIM=50 N=256 N_ATTACK=128 ATTACK_STEPS=48 METRIC=
     # So short a training needs --balance: without it high noise levels are not learnt yet, and FD-exact is ten times as large.
     TRAIN="--preset small --mult 1 --batch 32 --lr 2e-3 --ema 0.99 --balance --sample-every 150"
     SAMPLE="--batch 256" SCORE="" ATTACK="--iters 5 --eot 2" MEMORIZE="--features pixels"
@@ -359,7 +365,7 @@ paper() {
     LANES=${LANES:-1}
     MAIN=cifar10 DATASETS="cifar10 celeba lsun_bedroom imagenet64" FIG7=lsun_bedroom FIG7_SIGMAS="0 0.1 0.2" TABLE4=celeba
     SUBSPACE=32 SUBSPACE_IMAGES=butterflies
-    SEEDS=0 SWEEP_SEEDS=3 STEPS=500000 TUNE=158300 FULL=1000 DDIM=250 N=50000 N_ATTACK=50000 ATTACK_STEPS=1000 METRIC=fid
+    SEEDS=0 TOY="" TOY_SWEEP="" STEPS=500000 TUNE=158300 FULL=1000 DDIM=250 N=50000 N_ATTACK=50000 ATTACK_STEPS=1000 METRIC=fid
     TRAIN="--sample-every 50000" SAMPLE="--batch 500" SCORE="" ATTACK="" MEMORIZE=""
     local gpus launch
     gpus=$("$PYTHON" -c 'import torch; print(max(1, torch.cuda.device_count()))')
@@ -384,7 +390,7 @@ dry() {
     paper
     ROOT=runs/dry RESULTS=results-dry DATA=runs/dry/data
     rm -rf $ROOT
-    STEPS=2 TUNE=2 N=2 N_ATTACK=2 METRIC=fd-pixels SUBSPACE=16
+    STEPS=2 TUNE=2 N=2 N_ATTACK=2 METRIC=fd-pixels SUBSPACE=16 TOY="--steps 2 --seeds 1 --n 64" TOY_SWEEP="--steps 2 --seeds 1 --n 64"
     TRAIN="--sample-every 50000 --channels 32 --res-blocks 1 --mult 1,1 --attn 8 --heads 2 --batch $((4 * PROCESSES)) --timesteps 25"
     SAMPLE="--batch 500 --steps 2" SCORE="--features pixels" MEMORIZE="--features pixels" ATTACK="--iters 2 --eot 2"
     ABOUT="two steps a model"
