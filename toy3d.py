@@ -411,9 +411,9 @@ def draw_panel(axes, kind, data, noise, method, shown):
         return image, "length of the score"
     image = None
     if kind == "paths":
-        path = view(shown[data, noise, method][0])[:, :80]                      # [K, 80, 2]
+        path = view(shown[data, noise, method][0])[:, :80]                      # [K, up to 80, 2]
         axes.plot(*path.transpose(2, 0, 1), color="grey", linewidth=0.3, alpha=0.5)
-        image = axes.scatter(*path.reshape(-1, 2).T, c=np.repeat(np.linspace(T, 0, len(path)), 80), s=1, cmap="cividis")
+        image = axes.scatter(*path.reshape(-1, 2).T, c=np.repeat(np.linspace(T, 0, len(path)), path.shape[1]), s=1, cmap="cividis")
     x = training_points(data, noise, 0, 768) if method == "data" else shown[data, noise, method][0][-1, :768]
     axes.scatter(*view(x).T, s=2, color=ORANGE)
     axes.axhline(0, color="black", linewidth=0.6)                               # the plane

@@ -415,7 +415,7 @@ def configuration(args, images, init):
     """The run as plain values in four groups: what a checkpoint says of itself."""
     chosen = {name: getattr(args, name) for name in ("channels", "res_blocks", "mult", "attn", "heads", "dropout",
                                                      "learn_sigma") if getattr(args, name) is not None}
-    network = dict(size=images.size, in_channels=images.shape[0], learn_sigma=False, scale_shift=True, **PRESETS[args.preset])
+    network = dict(size=images.size, in_channels=images.shape[0], learn_sigma=False, scale_shift=True) | PRESETS[args.preset]
     process = dict(schedule=args.schedule or "linear", timesteps=args.timesteps or 1000)
     network |= chosen
     if init is not None:                                    # the file decides; flags may only agree with it
