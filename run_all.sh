@@ -390,7 +390,7 @@ dry() {
     paper
     ROOT=runs/dry RESULTS=results-dry DATA=runs/dry/data
     rm -rf $ROOT
-    STEPS=2 TUNE=2 N=2 N_ATTACK=2 METRIC=fd-pixels SUBSPACE=16 TOY="--steps 2 --seeds 1 --n 64" TOY_SWEEP="--steps 2 --seeds 1 --n 64"
+    STEPS=2 TUNE=1 N=2 N_ATTACK=2 METRIC=fd-pixels SUBSPACE=16 TOY="--steps 2 --seeds 1 --n 64" TOY_SWEEP="--steps 2 --seeds 1 --n 64"
     TRAIN="--sample-every 50000 --channels 32 --res-blocks 1 --mult 1,1 --attn 8 --heads 2 --batch $((4 * PROCESSES)) --timesteps 25"
     SAMPLE="--batch 500 --steps 2" SCORE="--features pixels" MEMORIZE="--features pixels" ATTACK="--iters 2 --eot 2"
     ABOUT="two steps a model"
