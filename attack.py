@@ -264,9 +264,10 @@ def sentences(r):
                f"{r.signs_of_start:.1%} of the signs are the start's")
     yield f"moved      rms {r.rms:.4f} a pixel, L2 {r.l2:.3f} an image, from the undisturbed images of the same noise"
     if r.attack != "noise":
-        verdict = "" if r.rms >= MARGIN * r.rms_noise else ": NO MORE THAN NOISE"
+        verdict = "" if r.rms >= MARGIN * r.rms_noise and r.rms > 0 else ": NO MORE THAN NOISE"
+        times = r.rms / r.rms_noise if r.rms_noise else 0.0         # both are 0 where every gradient was
         yield (f"noise      of the same sizes, its signs random, moves them by rms {r.rms_noise:.4f}: "
-               f"the attack by {r.rms / r.rms_noise:.2f} times that{verdict}")
+               f"the attack by {times:.2f} times that{verdict}")
 
 
 # --------------------------------------------------------------------------------------------------- the command line

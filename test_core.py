@@ -2198,7 +2198,7 @@ def test_report_says_where_an_attack_is_none(tmp_path, capsys):
     assert (result["cost_start"], result["cost_end"], result["size"], result["seconds_per_image"]) == (0.5, 1.5, 1, 0.5)
     assert result["signs_of_start"] == 0.75
     assert "2.00 times" in text and "NO MORE THAN NOISE" not in text and "NOT CLIMB" not in text
-    assert "NO MORE THAN NOISE" in report(moved=20.5)[1]
+    assert "NO MORE THAN NOISE" in report(moved=20.5)[1] and "NO MORE THAN NOISE" in report(moved=0.0, control=0.0)[1]
     assert "NOT CLIMB" in report(end=10.0)[1]
     assert "NOT TRUST" in report(zero=4)[1] and report(zero=4)[0]["zero_gradients"] == 0.2
     (tmp_path / "o.npz.attack").mkdir()
