@@ -8,8 +8,9 @@
 #   bash run_all.sh test                   the tests
 #
 # Tables: toy fig3 table1 table2 fig6 fig7 fig8 table4 table5 (fig. 4, 5, 12 to 24 come with them); price, the cost of the
-# regulariser beyond the paper, only where it is asked for. Every stage is a plain command, printed before it runs. Finished stages are skipped, so that a run
-# that was stopped goes on; a stage that fails is reported at the end and the others go on. Models are shared by the tables.
+# regulariser beyond the paper, only where it is asked for. Every stage is a plain command, printed before it runs. Finished
+# stages are skipped, so that a run that was stopped goes on; a stage that fails is reported at the end and the others go on.
+# Models are shared by the tables.
 #
 # PYTHON=python3            this environment as it is, instead of a .venv made here
 # LANES=4                   commands at a time (default: quick and dry the cores, at most 8; paper one)
@@ -269,10 +270,11 @@ fig6() {
 }
 
 fig7() {
-    local lam sigma
+    local lam sigma p
     for sigma in $FIG7_SIGMAS; do
-        for lam in 0.1 0.2; do one "$FIG7" adv "$(if [ "$sigma" = 0 ]; then echo 0; else echo 0.9; fi)" "$sigma" lam$lam --lam $lam; done
-        one "$FIG7" adv "$(if [ "$sigma" = 0 ]; then echo 0; else echo 0.9; fi)" "$sigma" seed0 --seed 0
+        p=$(if [ "$sigma" = 0 ]; then echo 0; else echo 0.9; fi)
+        for lam in 0.1 0.2; do one "$FIG7" adv "$p" "$sigma" lam$lam --lam $lam; done
+        one "$FIG7" adv "$p" "$sigma" seed0 --seed 0
     done
 }
 

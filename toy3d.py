@@ -157,7 +157,8 @@ class Networks(nn.Module):
 def train(cells, steps, batch, balance=False, lr=3e-3):
     """Trains one network per cell, all of one method, reading of lambda_t and share, side by side by Algorithm 1.
 
-    balance, and a share of the batch that is regularised: see train.py's `balance_weight` and `regularised_rows`. What becomes of a network depends on its cell alone. -> Networks, without gradients.
+    balance, and a share of the batch that is regularised: see train.py's `balance_weight` and `regularised_rows`.
+    What becomes of a network depends on its cell alone. -> Networks, without gradients.
     """
     schedule, rows = Schedule.named("linear", T).to("cpu"), torch.arange(len(cells))[:, None]
     seeds, which = seeds_of(cells)

@@ -177,6 +177,12 @@ def regularised_rows(rows, reg_share, method):
     return [(part, method) for part, method in parts if part]
 
 
+def index_of(rows):
+    """Row numbers as what to index with: a slice where they are evenly spaced, which is a view and sends a GPU nothing."""
+    step = rows[1] - rows[0] if len(rows) > 1 else 1
+    return slice(rows[0], rows[-1] + 1, step) if rows == list(range(rows[0], rows[-1] + 1, step)) else rows
+
+
 @functools.lru_cache(maxsize=2)
 def epoch_order(seed, epoch, count):
     """The order of the images in an epoch: a permutation of all `count`."""
@@ -215,7 +221,7 @@ class Trainer:
         sigma_n [rows]: what `ambient` is told of them.
         """
         settings = self.settings
-        t, beta, eps, u = (part[rows] for part in noise)
+        t, beta, eps, u = (part[index_of(list(rows))] for part in noise)
 
         def network(x, t):
             if self.config["network"]["dropout"]:           # one mask for all passes of a step, or Eq. 6 measures dropout
@@ -246,7 +252,7 @@ class Trainer:
         self.optimizer.zero_grad()
         for part, method in regularised_rows(self.rows, self.settings["reg_share"], self.settings["method"]):
             for rows in (part[first:first + self.microbatch] for first in range(0, len(part), self.microbatch)):
-                here = [row - self.rows.start for row in rows]
+                here = index_of([row - self.rows.start for row in rows])
                 terms = self.losses(x_0[here], rows, noise, method, None if sigma_n is None else sigma_n[here])
                 sum(terms.values()).backward()
                 totals = {name: totals.get(name, 0) + terms[name].detach() if name in terms else totals[name]
@@ -273,7 +279,7 @@ class Trainer:
         for _ in range(4):
             began = time.perf_counter()
             for rows, method in parts:
-                sum(self.losses(x_0[rows], rows, noise, method).values()).backward()
+                sum(self.losses(x_0[index_of(rows)], rows, noise, method).values()).backward()
             if self.process.device.type == "cuda":
                 torch.cuda.synchronize()
             seconds.append(time.perf_counter() - began)
@@ -497,6 +503,7 @@ def main():
     del saved, init
     first = process.rank == 0
     log = None
+
     def say(text):
         if first:
             print(text, flush=True)
