@@ -34,7 +34,7 @@ from PIL import Image
 from scipy.linalg import lapack
 
 from data import (FORMATS, MAX_PIXELS, SUFFIXES, Images, Progress, UserError, as_bytes, atomic_write, command_line, download,
-                  sha256_of)
+                  noise_estimate, sha256_of)
 from unet import start_processes
 
 RESIZE = {"inception": "TF1 bilinear to 299", "pixels": "box to 8"}
@@ -483,17 +483,23 @@ def _each_batch(source, process, batch, use):
 
 
 def measure(source, extract, features, process, batch, splits=0):
-    """-> (Statistics, (IS mean, deviation) or None) of a Source; extract(uint8 [B, H, W, 3]) -> features, logits."""
-    moments = Moments(DIMENSIONS[features], process.device)
+    """Of a Source, given extract(uint8 [B, H, W, 3]) -> features, logits:
+
+    its Statistics; the IS as (mean, deviation), or None; the mean of `noise_estimate` over its images, in [-1, 1] units.
+    """
+    moments, noise = Moments(DIMENSIONS[features], process.device), torch.zeros((), dtype=torch.float64)
     score = Score(source.count, splits, process.device) if splits else None
 
     def use(images, first):
-        x, logits = extract(np.array(to_bytes(images, source.label)))      # a copy: torch takes no read-only array
+        images = np.array(to_bytes(images, source.label))                   # a copy: torch takes no read-only array
+        noise.add_(noise_estimate(images.transpose(0, 3, 1, 2)).sum() / 127.5)
+        x, logits = extract(images)
         moments.add(x)
         if score:
             score.add(logits, first)
     _each_batch(source, process, batch, use)
-    return Statistics(source.label, source.path, *moments.total()), score.total() if score else None
+    return (Statistics(source.label, source.path, *moments.total()), score.total() if score else None,
+            all_sum(noise).item() / source.count)
 
 
 def measure_subspace(source, truth, process, batch):
@@ -555,7 +561,7 @@ def reference_statistics(reference, extract, features, weights, process, batch):
     cache = reference.path.with_name(f"{reference.label}.{features}-{key}.npz")
     if all(share(cache.exists())):
         return open_source(cache)._replace(label=reference.label)
-    statistics, _ = measure(reference, extract, features, process, batch)
+    statistics, *_ = measure(reference, extract, features, process, batch)
     if process.rank == 0:
         try:
             with atomic_write(cache) as partial, open(partial, "wb") as file:
@@ -626,6 +632,8 @@ def describe(result):
         percentiles = " ".join(f"{value:.4g}" for value in result["rho_percentiles"].values())
         text += [f"rho {result['rho_mean']:.4g} (5/25/50/75/95 %: {percentiles})", f"PSNR {result['psnr']:.4g} dB",
                  f"variance kept {result['variance_kept']:.4g}"]
+    if "noise_mean" in result:
+        text.append(f"noise estimate {result['noise_mean']:.4g}")
     text.append(f"N {result['n'] or '?'} of {result['samples']}")
     text += [f"{name} {made[key]}" for key, name in
              (("method", "method"), ("step", "training step"), ("data", "trained on"), ("p", "p"), ("sigma", "sigma"),
@@ -671,7 +679,7 @@ def evaluate(path, args, process, inception):
         began = time.perf_counter()
         if isinstance(samples, Source):
             splits = args.splits if features == "inception" else 0
-            samples, score = measure(samples, extract, features, process, args.batch, splits)
+            samples, score, result["noise_mean"] = measure(samples, extract, features, process, args.batch, splits)
             if score:
                 result.update(is_mean=score[0], is_std=score[1], splits=splits)
         if process.rank == 0:

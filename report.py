@@ -257,7 +257,8 @@ def read_score(path, kind):
             own = result["generated"]
             return {"share ≥ 0.9": own["share"], "mean similarity": own["mean"], "95th percentile": own["p95"],
                     "memory": result}, result["protocol"]
-        names = {"is_mean": "IS", "rho_mean": "ρ", "psnr": "PSNR (dB)", "variance_kept": "variance kept"}
+        names = {"is_mean": "IS", "rho_mean": "ρ", "psnr": "PSNR (dB)", "variance_kept": "variance kept",
+                 "noise_mean": "noise estimate"}
         if not (result["metric"] in DISTANCES and isinstance(result["protocol"], dict)):
             raise ValueError(f"metric {result['metric']!r}")
         return {result["metric"]: result["value"], **{new: result[old] for old, new in names.items() if old in result},
@@ -470,7 +471,7 @@ def price_tables(records):
     for data, size, p, sigma in sorted({(r["data"], r["size"], r["p"], r["sigma"]) for r in records if r["limits"]}):
         base = dict(data=data, size=size, p=p, sigma=sigma, tuned=False)
         here = [r for r in matching(records, base) if r["method"] in ("ddpm", "adv") and r["lam"] in (None, 0.3)]
-        wide = [*merits(records, data, size), "PSNR (dB)"]
+        wide = merits(records, data, size) + [n for n in ("PSNR (dB)", "noise estimate") if any(n in r for r in here)]
         keys, rows = {(r["method"], *(r[k] for k in PRICE)) for r in here}, []
         for method, *values in sorted(keys, key=lambda k: (k[0] != "ddpm", k[4], k[3], k[2], -k[1])):
             own = base | dict(zip(PRICE, values)) | dict(method=method)

@@ -573,12 +573,13 @@ def test_dropout_has_one_mask_for_all_passes():
 
 
 @pytest.mark.parametrize("reg_share, micro", [(1.0, None), (0.5, None), (0.25, 3), (0.125, None)])
-def test_regulariser_on_a_share_is_unbiased(reg_share, micro):
+def test_regulariser_on_a_share_is_unbiased(reg_share, micro, monkeypatch):
     """Catches a share that is weighted wrongly, left out or counted twice: rows of one kind must give the whole batch's
     gradient at any share; and the DDPM term, which sees every row at every share."""
     t = trainer(batch=8, reg_share=reg_share, method="ran", lam=0.7)
     randomised(t.model)
     t.microbatch = micro or t.microbatch
+    monkeypatch.setattr(train, "timesteps", lambda schedule, t, chance, *rest: (t, torch.ones_like(chance)))    # own test
     same = [part[:1].expand_as(part) for part in t.noise((3, 8, 8))]
     t.noise = lambda shape: same                            # eight times the same draws, and the same image
     x_0 = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(1)).expand(8, -1, -1, -1)
@@ -617,13 +618,58 @@ def test_every_row_is_trained_once_at_any_share(monkeypatch):
         assert train.regularised_rows(range(16), 0.25, method) == [(list(range(16)), method)]
 
 
+def test_timesteps_of_a_share_are_drawn_where_the_loss_weighs_most():
+    """Catches a q(t) that is not that of 1 + lambda_t (its steps shifted by one, say), a factor that is not uniform / q(t), a
+    share's t that ignores lam, omega or its units, and batched networks that take each other's."""
+    schedule = unet.Schedule.named("linear", 1000).to("cpu")
+    s = (1 - unet.Schedule.named("linear", 1000).alpha_bar).sqrt()
+    chance, uniform = (torch.arange(200_000) + 0.5) / 200_000, torch.zeros(200_000, dtype=torch.long)
+    settings = [(0.3, "x", 2.0, 8 / 255), (1.0, "eps", 3.0, 0.1)]
+    weights = [1 + lam * math.sqrt(3) / (s**omega + gamma) * (1 if units == "x" else s) for lam, units, omega, gamma in settings]
+    for each, weight in zip(settings, weights):
+        t, factor = train.timesteps(schedule, uniform, chance, 0.25, False, *each)
+        counts = torch.bincount(t, minlength=1000)
+        assert (counts - 200_000 * weight / weight.sum()).abs().max() < 3
+        torch.testing.assert_close(factor, (weight.mean() / weight[t]).float(), rtol=1e-4, atol=0)
+    t, factor = train.timesteps(schedule, uniform[None].expand(2, -1), chance.expand(2, -1), 0.25, False,
+                                torch.tensor([[0.3], [3.0]]), "x", torch.tensor([[2.0], [4.0]]))
+    for row, (lam, omega) in enumerate([(0.3, 2.0), (3.0, 4.0)]):
+        alone = train.timesteps(schedule, uniform, chance, 0.25, False, lam, "x", omega)
+        assert (t[row] - alone[0]).abs().max() <= 1
+        torch.testing.assert_close(factor[row], alone[1], rtol=0.02, atol=0)
+    t = torch.tensor([3, 900])
+    for balance, share in ((False, 1.0), (True, 0.25)):     # the paper, and where every t weighs the same
+        assert torch.equal(train.timesteps(schedule, t, chance[:2], share, balance)[0], t)
+    assert train.timesteps(schedule, t, chance[:2])[1].tolist() == [1, 1]
+
+
+def test_a_share_trains_its_own_timesteps(monkeypatch):
+    """Catches the drawn t or its factor kept from the loss, or given to rows without the regulariser."""
+    t = trainer(batch=8, reg_share=0.5, method="ran")
+    randomised(t.model)
+    seen = []
+    loss = train.training_loss
+    monkeypatch.setattr(train, "training_loss", lambda *a: seen.append((a[3], a[7], loss(*a))) or seen[-1][2])
+    noise = t.noise((3, 8, 8))
+    x_0 = torch.randn(8, 3, 8, 8)
+    for rows, method in train.regularised_rows(t.rows, 0.5, "ran"):
+        found = t.losses(x_0[rows], rows, noise, method)
+        (there, used, terms), expected = seen.pop(), (noise[0][rows], torch.ones(4))
+        if method == "ran":
+            expected = train.timesteps(t.schedule, expected[0], noise[4][rows], 0.5)
+        assert used == method and torch.equal(there, expected[0])
+        for name, value in found.items():
+            share = 0.5 if name == "reg" else 1
+            assert float(value) == pytest.approx(float((expected[1] * terms[name]).sum() / share / 8), rel=1e-5)
+
+
 def test_balance_weighs_the_two_terms_as_a_mean():
     """Catches a weight that is not 1 / (1 + lambda_t) at beta = 1, or that reaches one of the terms alone."""
     schedule = unet.Schedule.named("linear", 1000)
     t = torch.tensor([0, 51, 999])
     s = (1 - schedule.alpha_bar[t]).sqrt()
     expected = 1 / (1 + 0.3 * math.sqrt(3) / (s**2 + 8 / 255))             # R = sqrt(1 - alpha_bar) r = s^2 + gamma
-    torch.testing.assert_close(train.balance_weight(schedule, t), expected, rtol=1e-6, atol=0)
+    torch.testing.assert_close(train.timesteps(schedule, t, torch.zeros(3), 1.0, True)[1], expected, rtol=1e-6, atol=0)
     plain, balanced = trainer(method="ran"), trainer(method="ran", balance=True)
     for each in (plain, balanced):
         randomised(each.model)
@@ -694,9 +740,10 @@ def test_ema_warms_up():
 
 def test_draws_are_keyed_by_seed_and_step():
     """The same step again gives the same draws; ranges and shapes are Algorithm 1's."""
-    t, beta, eps, u = train.draw(0, 7, 4096, (3,), 1000, "cpu")
+    t, beta, eps, u, chance = train.draw(0, 7, 4096, (3,), 1000, "cpu")
     again = train.draw(0, 7, 4096, (3,), 1000, "cpu")
-    assert all(torch.equal(a, b) for a, b in zip((t, beta, eps, u), again))
+    assert all(torch.equal(a, b) for a, b in zip((t, beta, eps, u, chance), again))
+    assert 0 <= float(chance.min()) < 0.005 and 0.995 < float(chance.max()) < 1
     assert not torch.equal(eps, train.draw(0, 8, 4096, (3,), 1000, "cpu")[2])
     assert int(t.min()) < 5 and int(t.max()) > 994 and float(t.double().mean()) == pytest.approx(499.5, abs=15)
     assert 0.5 <= float(beta.min()) < 0.51 and 1.99 < float(beta.max()) <= 2 and float(u.std()) == pytest.approx(1 / math.sqrt(3), abs=0.01)
@@ -1711,11 +1758,16 @@ def sets(tmp_path):
 
 
 def test_every_form_gives_the_same(sets, capsys):
-    """A form read in another order, scale or layout; float images truncated; the protocol lost; called FID."""
+    """A form read in another order, scale or layout; float images truncated; the protocol lost; called FID; the noise
+    estimate in the units of bytes, of one channel or of the last batch."""
     folder, truth = sets
+    mask = np.array([[1, -2, 1], [-2, 4, -2], [1, -2, 1]])[None, :, :, None]
+    response = scipy.signal.convolve(np.load(folder / "a.npz")["arr_0"] / 127.5, mask, mode="valid", method="direct")
+    noise = np.sqrt(np.pi / 2) / 6 * np.abs(response).mean()
     for ref in ("b.npy", "b.zip", "folder", "float.npz", "stats.npz"):
         result = score(folder / "a.npz", "--ref", folder / ref, "--features", "pixels", "--batch", 7)
         assert result["value"] == pytest.approx(truth, rel=1e-9) and result["metric"] == "FD-pixels"
+        assert result["noise_mean"] == pytest.approx(noise, rel=1e-9)
         line = capsys.readouterr().out
         assert "sampler ddim" in line and "steps 250" in line and "training step 7" in line and "N 40 of a.npz" in line
         assert "FID" not in line and line.count("\n") == 1
@@ -1942,6 +1994,8 @@ def test_two_processes_give_the_result_of_one(sets, subspace, tmp_path):
     two = {name: json.loads((folder / f"{name}.json").read_text()) for name in ("pixels", "exact", "score")}
     assert two["pixels"]["value"] == pytest.approx(truth, rel=1e-9) and two["pixels"]["processes"] == 2
     assert two["pixels"]["value"] == pytest.approx(two["score"]["value"], rel=1e-12)
+    noise = data.noise_estimate(np.load(folder / "a.npz")["arr_0"].transpose(0, 3, 1, 2) / 127.5).mean()
+    assert two["pixels"]["noise_mean"] == pytest.approx(noise, rel=1e-9)
     one = score(folder / "s.npz", "--ref", "subspace", "--data-dir", folder)
     for key in ("value", "rho_mean", "psnr", "variance_kept"):
         assert two["exact"][key] == pytest.approx(one[key], rel=1e-9)

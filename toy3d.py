@@ -28,7 +28,7 @@ from torch import nn
 from attack import attacked_steps, fgsm, next_state
 from data import Progress, UserError, atomic_write, command_line
 from sample import generator, image_noise, sample
-from train import balance_weight, draw, radius, regularised_rows, training_loss
+from train import draw, radius, regularised_rows, timesteps, training_loss, weighed
 from unet import Schedule, at, timestep_embedding
 
 DATA, NOISES, METHODS = ["oblique-plane", "3-gaussians"], ["clean", "inlier", "outlier"], ["ddpm", "ran", "adv", "inv"]
@@ -157,7 +157,7 @@ class Networks(nn.Module):
 def train(cells, steps, batch, balance=False, lr=3e-3):
     """Trains one network per cell, all of one method, reading of lambda_t and share, side by side by Algorithm 1.
 
-    balance, and a share of the batch that is regularised: see train.py's `balance_weight` and `regularised_rows`.
+    balance, and a share of the batch that is regularised: see train.py's `timesteps` and `regularised_rows`.
     What becomes of a network depends on its cell alone. -> Networks, without gradients.
     """
     schedule, rows = Schedule.named("linear", T).to("cpu"), torch.arange(len(cells))[:, None]
@@ -173,12 +173,14 @@ def train(cells, steps, batch, balance=False, lr=3e-3):
     progress = Progress(steps, "steps", f"{cells[0].method} x {len(cells)}")
     for step in range(steps):
         draws = zip(*(draw(seed, step, batch, (3,), T, "cpu") for seed in seeds))
-        t, beta, eps, u = (torch.stack(part)[which] for part in draws)                              # [S, B], ... [S, B, 3]
+        noise = [torch.stack(part)[which] for part in draws]                                        # [S, B], ... [S, B, 3]
         x_0, loss = points[rows, order[which, step]], 0
         for part, method in parts:
-            terms = training_loss(nets, schedule, x_0[:, part], *(d[:, part] for d in (t, eps, beta, u)), method, *regularisation)
-            weight = balance_weight(schedule, t[:, part], *regularisation) if balance and cells[0].method != "ddpm" else 1
-            loss = loss + sum(weight * term / (cells[0].reg_share if name == "reg" else 1) for name, term in terms.items()).sum()
+            t, beta, eps, u, chance = (d[:, part] for d in noise)
+            reg_share = 1.0 if method == "ddpm" else cells[0].reg_share
+            t, factor = timesteps(schedule, t, chance, reg_share, balance and cells[0].method != "ddpm", *regularisation)
+            terms = training_loss(nets, schedule, x_0[:, part], t, eps, beta, u, method, *regularisation)
+            loss = loss + sum(term.sum() for term in weighed(terms, factor, reg_share).values())
         optimizer.zero_grad()
         (loss / batch).backward()                           # a sum over networks: none sees another's gradient
         optimizer.step()

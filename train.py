@@ -52,14 +52,33 @@ def regularisation_weight(schedule, t, beta, r, lam=0.3, lam_units="x"):
     return lam * math.sqrt(3) / (beta * R)
 
 
-def balance_weight(schedule, t, lam=0.3, lam_units="x", omega=2.0, gamma=8 / 255):
-    """1 / (1 + lambda_t) at beta = 1, for `--balance`: makes of the loss at t a mean of its two terms. t [B...] -> [B...].
-
-    A positive factor of t alone leaves the minimiser at every t what it is; but no t drowns the others' gradients any more,
-    as the regulariser's weight, 16 / beta^2 near t = 0, does.
-    """
+def total_weight(schedule, t, lam=0.3, lam_units="x", omega=2.0, gamma=8 / 255):
+    """1 + lambda_t at beta = 1: how heavily the two terms of the loss at t weigh together. t [B...] -> [B...]."""
     one = torch.ones_like(t, dtype=schedule.sqrt_one_minus_alpha_bar.dtype)
-    return 1 / (1 + regularisation_weight(schedule, t, one, radius(schedule, t, one, omega, gamma), lam, lam_units))
+    return 1 + regularisation_weight(schedule, t, one, radius(schedule, t, one, omega, gamma), lam, lam_units)
+
+
+def timesteps(schedule, t, chance, reg_share=1.0, balance=False, *regularisation):
+    """The timesteps of some rows, and the factor of their loss. t uniform and chance ~ U[0, 1), both [B...] -> both [B...].
+
+    Beyond the paper, whose own are t and 1; regularisation: lam, lam_units, omega, gamma. A share below 1 has few rows, so
+    its t are drawn from q(t) ~ 1 + lambda_t, where the loss weighs most, and its loss is divided by q(t) / uniform: the
+    same expectation with less noise. With `--balance` every t weighs the same: the factor is 1 / (1 + lambda_t), which
+    leaves the minimiser at every t what it is, but no t drowns the others' gradients, as 16 / beta^2 near t = 0 does.
+    """
+    if balance:
+        return t, 1 / total_weight(schedule, t, *regularisation)
+    if reg_share == 1:
+        return t, torch.ones_like(chance)
+    weight = total_weight(schedule, torch.arange(len(schedule), device=t.device), *regularisation)          # [..., T]
+    below = weight.cumsum(dim=-1)
+    t = torch.searchsorted(below / below[..., -1:], chance.contiguous(), right=True)
+    return t, weight.mean(dim=-1, keepdim=True) / weight.gather(-1, t)
+
+
+def weighed(terms, factor, reg_share):
+    """The terms of `training_loss` with the factor of `timesteps`; the regulariser of a share stands for that of all."""
+    return {name: factor * term / (reg_share if name == "reg" else 1) for name, term in terms.items()}
 
 
 def mean_square(x, t):
@@ -156,20 +175,21 @@ def variational_bound(schedule, x_0, x_t, t, eps_hat, v):
 def draw(seed, step, batch, shape, timesteps, device):
     """The randomness of one step for the whole batch, a function of (seed, step) alone, whoever computes which part.
 
-    -> t [batch] in 0 ... timesteps-1, beta [batch] ~ U[0.5, 2], eps ~ N(0, I), u ~ U[-1, 1], both [batch, *shape].
+    -> t [batch] in 0 ... timesteps-1, beta [batch] ~ U[0.5, 2], eps ~ N(0, I), u ~ U[-1, 1], both [batch, *shape], and
+    chance [batch] ~ U[0, 1), for `timesteps`.
     """
     g = generator(seed, step, device)
     t = torch.randint(timesteps, (batch,), generator=g, device=device)
     beta = 0.5 + 1.5 * torch.rand(batch, generator=g, device=device)
     eps = torch.randn(batch, *shape, generator=g, device=device)
     u = 2 * torch.rand(batch, *shape, generator=g, device=device) - 1
-    return t, beta, eps, u
+    return t, beta, eps, u, torch.rand(batch, generator=g, device=device)
 
 
 def regularised_rows(rows, reg_share, method):
     """Which rows of the batch carry the regulariser: one in 1 / reg_share. -> [(rows, method)], the others as `ddpm`.
 
-    Order, t and eps are drawn afresh for every step, so that fixed rows are a random share of them. A share is computed by
+    Images and draws are new in every step, so that fixed rows are a random share of them. A share is computed by
     itself, and not as a part of one pass over all rows: dropout has one mask for all passes over a row.
     """
     every = 1 if method in ("ddpm", "ambient") else round(1 / reg_share)
@@ -221,7 +241,8 @@ class Trainer:
         sigma_n [rows]: what `ambient` is told of them.
         """
         settings = self.settings
-        t, beta, eps, u = (part[index_of(list(rows))] for part in noise)
+        t, beta, eps, u, chance = (part[index_of(list(rows))] for part in noise)
+        reg_share = 1.0 if method in ("ddpm", "ambient") else settings["reg_share"]
 
         def network(x, t):
             if self.config["network"]["dropout"]:           # one mask for all passes of a step, or Eq. 6 measures dropout
@@ -229,15 +250,12 @@ class Trainer:
             return self.network(x, t)
 
         regularisation = [settings[name] for name in ("lam", "lam_units", "omega", "gamma")]
+        t, factor = timesteps(self.schedule, t, chance, reg_share, settings["balance"], *regularisation)
         if method == "ambient":
             terms = ambient_loss(network, self.schedule, x_0, t, eps, sigma_n)
         else:
             terms = training_loss(network, self.schedule, x_0, t, eps, beta, u, method, *regularisation)
-        if "reg" in terms:                                  # the mean over a share stands for that over all
-            terms["reg"] = terms["reg"] / settings["reg_share"]
-        if settings["balance"]:
-            terms = {name: balance_weight(self.schedule, t, *regularisation) * term for name, term in terms.items()}
-        return {name: term.sum() / settings["batch"] for name, term in terms.items()}
+        return {name: term.sum() / settings["batch"] for name, term in weighed(terms, factor, reg_share).items()}
 
     def noise(self, shape):
         """Algorithm 1's draws for the whole batch of the step that comes next."""
@@ -358,7 +376,8 @@ def arguments():
     add("--omega", type=float, default=2.0, help="Eq. 7's exponent (default 2)")
     add("--gamma", type=float, default=8 / 255, help="Eq. 7's bias (default 8/255)")
     add("--reg-share", type=float, default=1.0, help="share of the batch on which the regulariser is computed, 1, 1/2, 1/3 "
-        "...: a step costs (3 + 5 share) / 3 of DDPM's (default 1, the paper's)")
+        "...: a step costs (3 + 5 share) / 3 of DDPM's (default 1, the paper's; below it their t are drawn where the loss "
+        "weighs most, without a bias)")
     add("--balance", action="store_true", help="divide adv's, ran's or inv's loss at t by 1 + lambda_t: the same minimiser, "
         "and high noise levels are learnt much sooner (default: the paper's sum)")
     add("--flags", choices=["oracle", "conf1", "conf2"], default="oracle", help="what ambient is told of each image's noise: "
