@@ -98,7 +98,7 @@ stop() {
 run_phases() {
     local phase data target file found
     for phase in images data train tune sample score; do
-        for data in $DATASETS subspace; do                  # one fid.py for all samples of a data set
+        for data in $DATASETS subspace cifar10; do          # one fid.py for all samples of a data set
             if [ $phase = score ] && [ -s "$QUEUE.fid-$data" ]; then
                 found=""
                 while IFS=$'\t' read -r target file; do
@@ -176,10 +176,10 @@ one() {
     samples "$(run_of "$1" "$2" "$3" "$4" "$5")" ddpm "$FULL"
 }
 
-# prepare DATA: CELEBA=img_align_celeba.zip and so on say where data.py finds what it cannot download.
+# prepare DATA [SIZE]: CELEBA=img_align_celeba.zip and so on say where data.py finds what it cannot download.
 prepare() {
     local name=$1 phase=data source size
-    size=$(size "$name")
+    size=${2:-$(size "$name")}
     case "$name" in
         subspace)
             source="--images $SUBSPACE_IMAGES"
@@ -325,27 +325,47 @@ table5() {
     done
 }
 
-# Beyond the paper: the regulariser on a share of the batch, with and without --balance, on 8x8 subspace data, where a step
-# is arithmetic and not overhead
+# Beyond the paper: the regulariser on a share of the batch, with and without --balance, on 3-D data, on 8x8 subspace data
+# and on real images, where a step is arithmetic and not overhead. CIFAR-10 is downloaded, or CIFAR10=... says where it is.
 price() {
-    local share
-    job data "$DATA/subspace-8.npy" "$PYTHON" data.py subspace --size 8 --images shapes --out "$DATA"
-    price_of "$ROOT/limits/ddpm" --method ddpm
-    for share in 1 0.5 0.25 0.125 0.0625; do price_of "$ROOT/limits/adv-share$share" --method adv --reg-share $share; done
-    for share in 1 0.25; do
-        price_of "$ROOT/limits/adv-share$share-balance" --method adv --reg-share $share --balance
+    local data balance seed share
+    for data in "" "--data 3-gaussians"; do
+        for balance in "" --balance; do
+            # shellcheck disable=SC2086
+            job train "$ROOT/toy3d/toy3d-reg-share${data:+-3-gaussians}${balance:+-balance}.json" "$PYTHON" toy3d.py \
+                --sweep reg-share $data $balance --out "$ROOT/toy3d"
+        done
+    done
+    for seed in 0 1 2; do
+        price_of subspace $seed ddpm --method ddpm
+        for share in 1 0.25 0.125; do price_of subspace $seed share$share-balance --method adv --reg-share $share --balance; done
+    done
+    for seed in 0 1; do
+        price_of cifar10 $seed ddpm --method ddpm
+        for share in 1 0.25 0.125; do price_of cifar10 $seed share$share-balance --method adv --reg-share $share --balance; done
+    done
+    for data in subspace cifar10; do
+        for share in 0.5 0.0625; do price_of $data 0 share$share-balance --method adv --reg-share $share --balance; done
+        for share in 1 0.25; do price_of $data 0 share$share --method adv --reg-share $share; done
     done
 }
 
+# price_of DATA SEED NAME [flags]: a model, its samples, and how far FGSM throws them
 price_of() {
-    local run=$1
-    shift
-    job train "$run/samples-$(printf %08d 1000).png" "$PYTHON" train.py --data subspace --size 8 --data-dir "$DATA" --p 0.9 \
-        --sigma 0.2 --steps 1000 --preset small --mult 1,1 --batch 64 --lr 1e-3 --ema 0.99 "$@" --out "$run"
-    job sample "$run/ddpm-100.npz" "$PYTHON" sample.py "$run" --n 512 --steps 100 --batch 256 --out "$run/ddpm-100.npz"
-    job sample "$run/fgsm-100.attack.json" "$PYTHON" attack.py "$run" --steps-attacked 100% --n 128 --steps 100 --out "$run/fgsm-100.npz"
-    score subspace "$run/ddpm-100.npz"
-    score subspace "$run/fgsm-100.npz"
+    local data=$1 seed=$2 run="$ROOT/limits/$1/$3-seed$2" size=8 steps=1000 some=64 n=100 train
+    shift 3
+    train="--mult 1,1 --batch 64 --lr 1e-3 --ema 0.99"
+    if [ "$data" = cifar10 ]; then
+        size=16 steps=400 some=32 n=50 train="--mult 1,2 --attn 8 --batch 32 --lr 2e-3 --ema 0.98"
+    fi
+    prepare "$data" "--size $size"
+    # shellcheck disable=SC2086
+    job train "$run/samples-$(printf %08d $steps).png" "$PYTHON" train.py --data "$data" --size $size --data-dir "$DATA" --p 0.9 \
+        --sigma 0.2 --steps $steps --preset small $train --seed "$seed" "$@" --out "$run"
+    job sample "$run/ddpm-$n.npz" "$PYTHON" sample.py "$run" --n 256 --steps $n --batch 256 --out "$run/ddpm-$n.npz"
+    job sample "$run/fgsm-$n.attack.json" "$PYTHON" attack.py "$run" --steps-attacked 100% --n $some --steps $n --out "$run/fgsm-$n.npz"
+    score "$data" "$run/ddpm-$n.npz"
+    score "$data" "$run/fgsm-$n.npz"
 }
 
 # ----------------------------------------------------------------------------------------------------------- the scales
@@ -355,10 +375,10 @@ quick() {
     LANES=${LANES:-$(cores)}
     LAUNCH=$PYTHON HERE_LAUNCH=$PYTHON
     MAIN=subspace DATASETS=subspace FIG7=subspace FIG7_SIGMAS=0.2 TABLE4=subspace SUBSPACE=4 SUBSPACE_IMAGES=shapes
-    SEEDS="0 1 2" TOY="" TOY_SWEEP="--seeds 1" STEPS=600 TUNE=150 FULL=100 DDIM=50 N=256 N_ATTACK=128 ATTACK_STEPS=48 METRIC=
+    SEEDS="0 1 2" TOY="" TOY_SWEEP="--seeds 1" STEPS=600 TUNE=150 FULL=100 DDIM=50 N=256 N_ATTACK=128 ATTACK_STEPS=48 METRIC=fd-pixels
     # So short a training needs --balance: without it high noise levels are not learnt yet, and FD-exact is ten times as large.
     TRAIN="--preset small --mult 1 --batch 32 --lr 2e-3 --ema 0.99 --balance --sample-every 150"
-    SAMPLE="--batch 256" SCORE="" ATTACK="--iters 5 --eot 2" MEMORIZE="--features pixels"
+    SAMPLE="--batch 256" SCORE="--features pixels" ATTACK="--iters 5 --eot 2" MEMORIZE="--features pixels"
     ABOUT="4x4 subspace data, $STEPS steps a model: about 30 minutes on two slow cores"
 }
 

@@ -72,7 +72,7 @@ def timesteps(schedule, t, chance, reg_share=1.0, balance=False, *regularisation
         return t, torch.ones_like(chance)
     weight = total_weight(schedule, torch.arange(len(schedule), device=t.device), *regularisation)          # [..., T]
     below = weight.cumsum(dim=-1)
-    t = torch.searchsorted(below / below[..., -1:], chance.contiguous(), right=True)
+    t = torch.searchsorted(below / below[..., -1:], chance.contiguous())
     return t, weight.mean(dim=-1, keepdim=True) / weight.gather(-1, t)
 
 
