@@ -199,14 +199,14 @@ def save_grid(images, path, columns=None):
 
 
 def noise_estimate(images):
-    """Noise standard deviation of each image (Immerkaer 1996), in the units of the pixels: [N, 3, H, W] -> float64 [N].
+    """Noise standard deviation of each image (Immerkaer 1996), in the units of the pixels: array or tensor [N, 3, H, W] -> [N].
 
     The mask [[1,-2,1],[-2,4,-2],[1,-2,1]] does not see smooth structure. Its mean absolute response is scaled to be the
     standard deviation if the image is white Gaussian noise, and averaged over the channels. Texture counts as noise."""
-    x = np.asarray(images, dtype=np.float64)
+    x = 1.0 * images                                 # bytes become floats
     x = x[..., :-2, :] - 2 * x[..., 1:-1, :] + x[..., 2:, :]
     x = x[..., :-2] - 2 * x[..., 1:-1] + x[..., 2:]  # [N, 3, H-2, W-2]
-    return math.sqrt(math.pi / 2) / 6 * np.abs(x).mean(axis=(1, 2, 3))
+    return math.sqrt(math.pi / 2) / 6 * abs(x).mean(axis=(1, 2, 3))
 
 
 # 2. A prepared data set ----------------------------------------------------------------------------------------------

@@ -485,14 +485,15 @@ def _each_batch(source, process, batch, use):
 def measure(source, extract, features, process, batch, splits=0):
     """Of a Source, given extract(uint8 [B, H, W, 3]) -> features, logits:
 
-    its Statistics; the IS as (mean, deviation), or None; the mean of `noise_estimate` over its images, in [-1, 1] units.
+    its Statistics; the IS as (mean, deviation), or None; `noise_estimate` in [-1, 1] units, the mean over its images as bytes.
     """
-    moments, noise = Moments(DIMENSIONS[features], process.device), torch.zeros((), dtype=torch.float64)
+    moments = Moments(DIMENSIONS[features], process.device)
+    noise = torch.zeros((), dtype=torch.float64, device=process.device)
     score = Score(source.count, splits, process.device) if splits else None
 
     def use(images, first):
         images = np.array(to_bytes(images, source.label))                   # a copy: torch takes no read-only array
-        noise.add_(noise_estimate(images.transpose(0, 3, 1, 2)).sum() / 127.5)
+        noise.add_(noise_estimate(torch.from_numpy(images).to(process.device).permute(0, 3, 1, 2)).sum() / 127.5)
         x, logits = extract(images)
         moments.add(x)
         if score:

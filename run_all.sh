@@ -15,7 +15,8 @@
 # PYTHON=python3            this environment as it is, instead of a .venv made here
 # LANES=4                   commands at a time (default: quick and dry the cores, at most 8; paper one)
 # TRAIN_FLAGS="--amp"       more flags for the tables' trainings
-# CELEBA=img_align_celeba.zip LSUN_BEDROOM=... IMAGENET64=... BUTTERFLIES=...      what data.py takes as --src
+# CELEBA=img_align_celeba.zip LSUN_BEDROOM=... IMAGENET64=... BUTTERFLIES=...      what data.py takes as --src; CIFAR10=...
+#                           in place of its download
 # NNODES=2 NODE_RANK=0 MASTER_ADDR=host0 MASTER_PORT=29500     the same command on every machine, on one shared folder, with
 #                           the same PYTHON; what is not distributed runs on NODE_RANK 0, and the others wait for it
 set -euo pipefail
@@ -176,7 +177,7 @@ one() {
     samples "$(run_of "$1" "$2" "$3" "$4" "$5")" ddpm "$FULL"
 }
 
-# prepare DATA [SIZE]: CELEBA=img_align_celeba.zip and so on say where data.py finds what it cannot download.
+# prepare DATA ["--size N"]: CELEBA=img_align_celeba.zip and so on say where data.py finds what it cannot download.
 prepare() {
     local name=$1 phase=data source size
     size=${2:-$(size "$name")}
@@ -365,7 +366,6 @@ price_of() {
     job sample "$run/ddpm-$n.npz" "$PYTHON" sample.py "$run" --n 256 --steps $n --batch 256 --out "$run/ddpm-$n.npz"
     job sample "$run/fgsm-$n.attack.json" "$PYTHON" attack.py "$run" --steps-attacked 100% --n $some --steps $n --out "$run/fgsm-$n.npz"
     score "$data" "$run/ddpm-$n.npz"
-    score "$data" "$run/fgsm-$n.npz"
 }
 
 # ----------------------------------------------------------------------------------------------------------- the scales
@@ -379,7 +379,7 @@ quick() {
     # So short a training needs --balance: without it high noise levels are not learnt yet, and FD-exact is ten times as large.
     TRAIN="--preset small --mult 1 --batch 32 --lr 2e-3 --ema 0.99 --balance --sample-every 150"
     SAMPLE="--batch 256" SCORE="--features pixels" ATTACK="--iters 5 --eot 2" MEMORIZE="--features pixels"
-    ABOUT="4x4 subspace data, $STEPS steps a model: about 30 minutes on two slow cores"
+    ABOUT="4x4 subspace data, $STEPS steps a model: about 30 minutes on two slow cores, price two hours more"
 }
 
 paper() {

@@ -61,9 +61,9 @@ def total_weight(schedule, t, lam=0.3, lam_units="x", omega=2.0, gamma=8 / 255):
 def timesteps(schedule, t, chance, reg_share=1.0, balance=False, *regularisation):
     """The timesteps of some rows, and the factor of their loss. t uniform and chance ~ U[0, 1), both [B...] -> both [B...].
 
-    Beyond the paper, whose own are t and 1; regularisation: lam, lam_units, omega, gamma. A share below 1 has few rows, so
-    its t are drawn from q(t) ~ 1 + lambda_t, where the loss weighs most, and its loss is divided by q(t) / uniform: the
-    same expectation with less noise. With `--balance` every t weighs the same: the factor is 1 / (1 + lambda_t), which
+    Beyond the paper, whose own are t and 1; regularisation: lam, lam_units, omega, gamma. A share below 1 has few rows for a
+    regulariser whose weight differs 20-fold: their t are drawn from q(t) ~ 1 + lambda_t and their loss is divided by
+    q(t) / uniform, which has the same expectation and less noise. With `--balance` every t weighs the same: the factor is 1 / (1 + lambda_t), which
     leaves the minimiser at every t what it is, but no t drowns the others' gradients, as 16 / beta^2 near t = 0 does.
     """
     if balance:
@@ -376,8 +376,8 @@ def arguments():
     add("--omega", type=float, default=2.0, help="Eq. 7's exponent (default 2)")
     add("--gamma", type=float, default=8 / 255, help="Eq. 7's bias (default 8/255)")
     add("--reg-share", type=float, default=1.0, help="share of the batch on which the regulariser is computed, 1, 1/2, 1/3 "
-        "...: a step costs (3 + 5 share) / 3 of DDPM's (default 1, the paper's; below it their t are drawn where the loss "
-        "weighs most, without a bias)")
+        "...: a step costs (3 + 5 share) / 3 of DDPM's (default 1, the paper's; below it, and without --balance, its t are "
+        "drawn where lambda_t is large, and reweighted)")
     add("--balance", action="store_true", help="divide adv's, ran's or inv's loss at t by 1 + lambda_t: the same minimiser, "
         "and high noise levels are learnt much sooner (default: the paper's sum)")
     add("--flags", choices=["oracle", "conf1", "conf2"], default="oracle", help="what ambient is told of each image's noise: "
