@@ -517,10 +517,11 @@ def toy_section(found):
             setting = r["name"].removeprefix(r["noise"] + " ") + (", balanced" if r.get("balance") else "")
             rows.setdefault((name, r["data"], setting), {})[r["noise"]] = r
     if rows:
-        shown = {"inlier": "rms", "clean": "kept"}
+        shown = [("inlier", "rms"), ("inlier", "median"), ("inlier", "score_error"), ("clean", "kept")]
         text += "\nSweeps (λ with the reading of its units, ω, the regularised share):\n\n" + markdown(
-            ["file", "data", "setting", "rms distance (inlier noise)", "variance kept (clean data)"],
-            [[*key, *(pair(r[n], k) if n in r else DASH for n, k in shown.items())] for key, r in rows.items()])
+            ["file", "data", "setting", "rms distance (inlier noise)", "median distance", "error of the score",
+             "variance kept (clean data)"],
+            [[*key, *(pair(r[n], k) if n in r else DASH for n, k in shown)] for key, r in rows.items()])
     return text or "Not measured yet.\n"
 
 

@@ -366,6 +366,7 @@ price_of() {
     job sample "$run/ddpm-$n.npz" "$PYTHON" sample.py "$run" --n 256 --steps $n --batch 256 --out "$run/ddpm-$n.npz"
     job sample "$run/fgsm-$n.attack.json" "$PYTHON" attack.py "$run" --steps-attacked 100% --n $some --steps $n --out "$run/fgsm-$n.npz"
     score "$data" "$run/ddpm-$n.npz"
+    score "$data" "$run/fgsm-$n.npz"                        # report.py learns from it what was attacked
 }
 
 # ----------------------------------------------------------------------------------------------------------- the scales

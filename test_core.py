@@ -3002,13 +3002,13 @@ def test_report_keeps_the_limits_apart(tmp_path):
     report_pair(tmp_path)
     for share in (1.0, 0.25):
         run = report_run(runs / "limits" / f"{share}", cost=1 + share, step=1000, reg_share=share, seed=9)
-        report_score(run, 50 + share, 5.0)
+        report_score(run, 50 + share, 5.0, noise_mean=0.1 * share)
         report_score(run, 60, 6.0, samples="fgsm-100", attack="fgsm", percent=100)
     text, claims = write_report(tmp_path)
     price = report_section(text, "The price")
     assert report_line(price, "Robust_adv", "0.25", "no", "32 × (1,)", "1,000")[:3] == ["1.25", "50.2", "5.00"]
     assert report_line(price, "DDPM", "–", "no", "32 × (1,)", "600")[1] == "3.00"
-    assert report_line(price, "Robust_adv", "1", "no", "32 × (1,)", "1,000") == ["2.00", "51.0", "5.00", "20.0", "0.250"]
+    assert report_line(price, "Robust_adv", "1", "no", "32 × (1,)", "1,000") == ["2.00", "51.0", "5.00", "20.0", "0.100", "0.250"]
     assert "600 to 1,000 steps of 64 images, regulariser on 0.25 or 1 of them" in price
     rest = text.replace(price, "")
     assert not any(number in rest for number in ("50.2", "51.0", "60.0", "1.25 "))
