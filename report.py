@@ -655,7 +655,9 @@ def charts(records, prices, out, plt):
                                 fmt="s" if balanced == "yes" else "o", color=COLOURS["ddpm" if plain else "adv"])
                     ax.annotate(model if plain else share, (cells[0][0], cells[i][0]), (4, 4), fontsize=7,
                                 textcoords="offset points")
-            ax.set(xlabel="cost of a step (× DDPM's)", ylabel=label.split(" (FGSM")[0])
+            sizes = [cells[i][0] for _, cells in rows if cells[0] and cells[i]]
+            far = sizes and max(sizes) > 20 * min(sizes) > 0
+            ax.set(xlabel="cost of a step (× DDPM's)", ylabel=label.split(" (FGSM")[0], yscale="log" if far else "linear")
         figure.suptitle(f"{title}; beside each point the share, squares: balanced", fontsize=9)
         save(f"price-{k}", figure)
     return made

@@ -347,8 +347,9 @@ price() {
     done
     for data in subspace cifar10; do
         for share in 0.5 0.0625; do price_of $data 0 share$share-balance --method adv --reg-share $share --balance; done
-        for share in 1 0.25; do price_of $data 0 share$share --method adv --reg-share $share; done
+        price_of $data 0 share1 --method adv
     done
+    price_of subspace 0 share0.25 --method adv --reg-share 0.25
 }
 
 # price_of DATA SEED NAME [flags]: a model, its samples, and how far FGSM throws them
