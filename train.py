@@ -63,8 +63,9 @@ def timesteps(schedule, t, chance, reg_share=1.0, balance=False, *regularisation
 
     Beyond the paper, whose own are t and 1; regularisation: lam, lam_units, omega, gamma. A share below 1 has few rows for a
     regulariser whose weight differs 20-fold: their t are drawn from q(t) ~ 1 + lambda_t and their loss is divided by
-    q(t) / uniform, which has the same expectation and less noise. With `--balance` every t weighs the same: the factor is 1 / (1 + lambda_t), which
-    leaves the minimiser at every t what it is, but no t drowns the others' gradients, as 16 / beta^2 near t = 0 does.
+    q(t) / uniform, which has the same expectation and less noise. With `--balance` every t weighs the same: the factor is
+    1 / (1 + lambda_t), which leaves the minimiser at every t what it is, but no t drowns the others' gradients, as
+    16 / beta^2 near t = 0 does.
     """
     if balance:
         return t, 1 / total_weight(schedule, t, *regularisation)
