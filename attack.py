@@ -1,78 +1,134 @@
-"""White-box attacks on the sampling trajectory: Algorithms 2 to 4, sign noise as large, and an attack that adds up.
+"""White-box attacks on the sampling trajectory: Algorithms 2 to 4, and one that adds up over the trajectory.
 
-    python attack.py runs/robust --steps-attacked 250 --n 50000 --out fgsm250.npz             # Algorithm 2, the default
-    python attack.py runs/robust --attack pgd --steps-attacked 25% --steps 100 --out pgd.npz  # Algorithm 3
-    python attack.py runs/robust --attack drift --steps-attacked 100% --where first --out drift.npz
-    torchrun --nproc_per_node 8 -- attack.py runs/robust --attack eot --steps-attacked 500 --n 50000 --out eot.npz
+    python attack.py runs/cifar10-adv --steps-attacked 250 --out fgsm.npz                        # Algorithm 2
+    python attack.py runs/cifar10-adv --attack pgd --steps-attacked 25% --out pgd.npz            # Algorithm 3
+    python attack.py runs/cifar10-adv --attack eot --as-printed --steps-attacked 25% --out e.npz # Algorithm 4
+    python attack.py runs/cifar10-adv --attack drift --steps-attacked 100% --out drift.npz
+    torchrun --nproc_per_node 8 attack.py RUN --steps-attacked 500 --num-samples 50000 --out fgsm500.npz
 
-Takes the flags of sample.py and makes the images of the same seeds: with --steps-attacked 0 they are sample.py's, bit
-for bit. Beside OUT.npz, which fid.py scores, it writes OUT.attack.json: how far the attack moved the images from those
-that the same noise gives without it, and how far random signs of the same size do.
+Takes the flags of sample.py and makes the images of the same seeds: with --steps-attacked 0 they are
+sample.py's, bit for bit. Beside OUT.npz, which fid.py scores, it writes OUT.npz.attack.json: how far the
+attack moved the images from those that the same noise gives without it, and how far random signs of the same
+size do.
 """
-import argparse
+
+import functools
 import json
 import math
-import os
-import shutil
 import time
 from collections import Counter
-from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 
-from data import UserError, atomic_write, command_line
-from sample import add_arguments, ddim_step, ddpm_step, generate, image_noise, reverse_distribution
-from unet import at, load_checkpoint
+from common import POSITIVE, UserError, check_ranges, command_line, image_noise, parser_of, write_json
+from sample import add_arguments, generate, open_job, reverse_step
+from unet import at
 
-ATTACK_SEED = 1 << 16   # added to --seed: the attack's own random draws, image by image, apart from the sampler's
-STRIDE = 2.5            # step of Algorithms 3 and 4 in units of radius / N. The paper prints 1: N steps are then worth
-                        # half the ball's width, what starts on the wrong side stays inside, and PGD ends below FGSM
-MARGIN = 1.05           # moving the images less than this many times as far as noise of equal size is no attack
+MARGIN = 1.05         # moving the images less than this many times as far as noise of equal size is no attack
 
 
-# ------------------------------------------------------------------------------------------------------ the algorithms
+# --------------------------------------------------------------------------------------------- the algorithms
+#
+# One attacked step each. step(x, z=None) -> sample.Reverse is the reverse step from x at this t, z its noise;
+# normal() draws a standard normal tensor like x_t; gradient(L, x) is that of L(x) [B] with respect to x = x_t
+# + delta, the state, as the boxes print it. scale is beyond the paper: the radius in units of sigma(t), 1
+# there. -> x_t^adv, like x_t [B, C, H, W].
 
-def next_state(model, schedule, x, i, sampler, variance, clamp, z=None):
-    """One step from x, by ONE evaluation of the network -> x_{t-1}, sigma(t), x0_hat.
+def fgsm(step, x_t, normal, gradient, phi=1.0, scale=1.0):
+    """Algorithm 2: the whole radius along the gradient's sign, taken at a random start beside x_t."""
+    here = step(x_t)                                                    # mu(x_t, x0_hat) and sigma(t)
+    radius = scale * here.sigma
 
-    x [B, C, H, W]; i [B] indices into the schedule; z [B, C, H, W] or [e, B, C, H, W]: the noise of Eq. 4, without
-    which x_{t-1} is the posterior mean of section A.2. DDIM has no noise. sigma(t) = exp(0.5 log_variance) is the
-    deviation of DDPM's reverse step (Algorithm 3) with both samplers: DDIM's own is 0, and so would be the ball.
+    def L(x):
+        return squared(here.mean - step(x).mean)
+
+    x = x_t + phi * radius * normal()                                   # x'_t = x_t + delta
+    return x_t + radius * gradient(L, x).sign()                         # x_t^adv
+
+
+def pgd(step, x_t, normal, gradient, phi=1.0, scale=1.0, N=20, stride=2.5, as_printed=False):
+    """Algorithm 3: N steps along the gradient's sign, inside the ball. as_printed: delta is not moved but
+    overwritten, by radius / N, and projected at the end alone."""
+    here = step(x_t)
+    radius = scale * here.sigma
+
+    def L(x):
+        return squared(here.mean - step(x).mean)
+
+    delta = phi * radius * normal()                                     # delta_0
+    for _ in range(N):
+        sign = gradient(L, x_t + delta).sign()
+        if as_printed:
+            delta = radius / N * sign
+        else:
+            delta = torch.clamp(delta + stride * radius / N * sign, -radius, radius)
+    return x_t + torch.clamp(delta, -radius, radius)
+
+
+def eot(step, x_t, normal, gradient, xi, sqrt_alpha_bar, phi=1.0, scale=1.0, N=20, e=5, stride=2.5,
+        as_printed=False):
+    """Algorithm 4: PGD against the mean over e draws of the step's noise; xi is the noise that the step will
+    take.
+
+    as_printed: steps of radius / N, and sqrt(alpha_bar) before delta, which makes the attack vanish in noisy
+    states. The cost is |x_{t-1} - x_{t-1}^adv|^2 in both: the printed one, of x_t, does not depend on the
+    network.
     """
-    out = model(x, schedule.timesteps[i])
-    answer = lambda x, t: out                               # what the steps below see as the network
-    _, log_variance, x0_hat = reverse_distribution(answer, schedule, x, i, variance, clamp)
-    if sampler == "ddim":
-        state = ddim_step(answer, schedule, x, i, clamp)
-    else:
-        state = ddpm_step(answer, schedule, x, i, torch.zeros_like(x) if z is None else z, variance, clamp)
-    return state, torch.exp(0.5 * log_variance), x0_hat
+    here = step(x_t, xi)
+    radius = scale * here.sigma
+    factor, stride = (sqrt_alpha_bar, 1.0) if as_printed else (1.0, stride)
+
+    def L(x):
+        # The draws do not enter the network, so one pass serves them all: its gradient is the mean of theirs.
+        zeta = torch.stack([normal() for _ in range(e)])                # [e, B, C, H, W]
+        return squared(here.x - step(x, zeta).x).mean(dim=0)
+
+    delta = phi * radius * normal()                                     # delta_0
+    for _ in range(N):
+        sign = gradient(L, x_t + factor * delta).sign()
+        delta = torch.clamp(delta + stride * radius / N * sign, -radius, radius)
+    return x_t + factor * delta
 
 
-def fgsm(slope, start, radius):
-    """Algorithm 2: the whole radius along the gradient's sign, taken at the random start. -> delta like start.
+def drift(step, x_t, normal, gradient, x0_hat_clean, phi=1.0, scale=1.0):
+    """Beyond the paper: FGSM, away from where the undisturbed trajectory would be by now, so that steps add
+    up."""
+    radius = scale * step(x_t).sigma
 
-    slope(delta) -> gradient of the cost; radius: the paper's sigma(t), a tensor that broadcasts against start.
-    """
-    return radius * slope(start).sign()
+    def L(x):
+        return squared(x0_hat_clean - step(x).x0_hat)
+
+    x = x_t + phi * radius * normal()
+    return x_t + radius * gradient(L, x).sign()
 
 
-def pgd(slope, start, radius, iters):
-    """Algorithms 3 and 4: iters steps along the gradient's sign, each projected to [-radius, radius]. Like `fgsm` else.
+def random_signs(step, x_t, normal, gradient, scale=1.0):
+    """The control: as large as FGSM's perturbation, its signs random."""
+    return x_t + scale * step(x_t).sigma * normal().sign()
 
-    As printed, Algorithm 3 overwrites delta in every step: what is left is one step, of radius / iters.
-    """
-    delta = start
-    for _ in range(iters):
-        delta = torch.clamp(delta + STRIDE * radius / iters * slope(delta).sign(), -radius, radius)
-    return delta
+
+def squared(difference):
+    """|difference|^2 of every image: [..., B, C, H, W] -> [..., B]."""
+    return difference.square().flatten(-3).sum(dim=-1)
+
+
+def gradient_of(L, x):
+    """The gradient of L(x) [B] with respect to x [B, C, H, W], image by image, and nothing else. -> gradient,
+    L(x)."""
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        value = L(x)
+        gradient, = torch.autograd.grad(value.sum(), x)
+    return gradient, value.detach()
 
 
 def attacked_steps(total, count, where, seed=0):
-    """Which `count` of the `total` steps are attacked: a set of indices into the schedule, which sampling descends.
+    """Which `count` of the `total` steps are attacked: a set of indices into the schedule, which sampling
+    descends.
 
-    where: `spread` (the middles of count equal parts), `first` (the noisiest), `last`, or `random` (one draw per seed).
+    where: `spread` (the middles of count equal parts), `first` (the noisiest), `last`, or `random` (one draw
+    per seed).
     """
     if where == "random":
         return set(torch.randperm(total, generator=torch.Generator().manual_seed(seed))[:count].tolist())
@@ -81,258 +137,252 @@ def attacked_steps(total, count, where, seed=0):
     return set(order[:count])
 
 
-# Forward and backward passes of an attacked step besides the step itself, N being --iters. `drift` takes x0_hat of the
-# undisturbed trajectory besides, which runs anyway.
-NEEDED = {"noise": lambda N: (1, 0), "fgsm": lambda N: (2, 1), "pgd": lambda N: (N + 1, N), "eot": lambda N: (N + 1, N),
-          "drift": lambda N: (2, 1)}
-
-
-# ------------------------------------------------------------------------------------------ along a sampling trajectory
+# -------------------------------------------------------------------------------- along a sampling trajectory
 
 class TrajectoryAttack:
-    """What `sample` calls before every step, for the images of one shard: attacks the chosen steps, and measures.
+    """What `sample` calls before every step, for the images of one shard: attacks the chosen steps, and
+    measures.
 
-    From the first attacked step on two trajectories of the same noise run beside the attacked one: `clean`, which is
-    left alone, and `control`, moved at the same steps by as much, pixel by pixel, with random signs. The last call
-    writes the shard's sums to `path`. settings: attack, phi, iters, eot, eps_scale, sampler, seed of the command line.
+    From the first attacked step on two trajectories of the same noise run beside the attacked one: `clean`,
+    which is left alone, and `control`, moved at the same steps by as much, pixel by pixel, with random signs.
+    asked: name, phi, iters, eot, stride, as_printed, eps_scale of the command line; steps: those that are
+    attacked.
     """
 
-    def __init__(self, settings, steps, path, model, schedule, indices, variance, clamp):
-        self.settings, self.steps, self.path, self.indices = settings, steps, path, indices
-        self.model, self.schedule, self.rule = model, schedule, (settings.sampler, variance, clamp)
-        self.clean = self.control = self.noise = None
-        self.passes, self.sums, self.began = Counter(), Counter(), time.perf_counter()
+    def __init__(self, asked, steps, model, schedule, how, indices, seed):
+        self.asked, self.steps, self.model, self.schedule, self.how = asked, steps, model, schedule, how
+        self.indices, self.seed, self.draws = indices, seed, None
+        self.clean = self.control = None
+        self.sums, self.began = Counter(), time.perf_counter()
 
-    def __call__(self, x_t, step):
-        """x_t [B, C, H, W] on its way into step `step`, attacked where that is one of the chosen. Steps descend."""
-        if self.noise is None:
-            shape, device = x_t.shape[1:], x_t.device
-            self.noise = image_noise(self.settings.seed, self.indices, shape, device)   # the sampler's, once more
-            self.draws = image_noise(self.settings.seed + ATTACK_SEED, self.indices, shape, device)
-            next(self.noise)                                                            # x_T
-        i = torch.full((len(x_t),), step, device=x_t.device)
-        z = next(self.noise) if self.settings.sampler == "ddpm" else None               # the noise of this step
-        if step in self.steps and self.clean is None:
+    def __call__(self, x_t, step, z):
+        """x_t [B, C, H, W] on its way into step `step`, attacked where that is one of the chosen. Steps
+        descend."""
+        if self.clean is None and step in self.steps:
+            self.draws = image_noise("attack", self.seed, self.indices, x_t.shape[1:], x_t.device)
             self.clean = self.control = x_t
-        if self.clean is not None:
-            self.clean, _, clean_x0_hat = self.next_state(self.clean, i, z)
-            if step in self.steps:
-                x_adv = self.attacked(x_t, i, z, clean_x0_hat)
-                self.control = self.control + (x_adv - x_t).abs() * next(self.draws).sign()
-                x_t = x_adv
-            self.control = self.next_state(self.control, i, z)[0]
-        if step == 0:
-            self.finish(self.next_state(x_t, i, z)[0])
+        if self.clean is None:
+            return x_t
+        i = torch.full((len(x_t),), step, device=x_t.device)
+        following = functools.partial(reverse_step, self.model, self.schedule, i=i, **self.how)
+        clean = following(self.clean, z=z)
+        if step in self.steps:
+            x_adv = self.attacked(x_t, i, z, clean.x0_hat)
+            self.control = self.control + (x_adv - x_t).abs() * next(self.draws).sign()
+            x_t = x_adv
+        self.clean, self.control = clean.x, following(self.control, z=z).x
         return x_t
 
-    def next_state(self, x, i, z):
-        """`next_state` for a trajectory of this shard, not counted as a cost of the attack."""
-        return next_state(self.model, self.schedule, x, i, *self.rule, z)
-
-    def counted(self, x, t):
-        """The network, its passes counted."""
-        self.passes["forwards"] += 1
-        out = self.model(x, t)
-        if out.requires_grad:
-            out.register_hook(lambda gradient: self.passes.update(["backwards"]))
-        return out
-
-    def attacked(self, x_t, i, z, clean_x0_hat):
-        """x_t^adv [B, C, H, W]: x_t, moved by no more than eps_scale sigma(t) in every pixel.
-
-        i [B]; z [B, C, H, W]: the noise of this step; clean_x0_hat [B, C, H, W]: x0_hat of the undisturbed trajectory.
-        """
-        settings, eot = self.settings, self.settings.attack == "eot"
-        look = lambda x, z=None: next_state(self.counted, self.schedule, x, i, *self.rule, z)
-        state, sigma, _ = look(x_t, z if eot else None)     # Algorithm 4 keeps the noise of the step, its xi
-        radius = settings.eps_scale * sigma
-        scale = at(self.schedule.sqrt_alpha_bar, i, x_t) if eot else 1.0    # Algorithm 4: x_t + sqrt(alpha_t) delta
-        draw = next(self.draws)
-        start = settings.phi * radius * draw                # delta ~ N(0, phi^2 sigma(t)^2)
-        costs = []
-
-        def cost(delta):
-            """What the attack raises, [B]: how far delta [B, C, H, W] moves the next state (drift: x0_hat), squared."""
-            x = x_t + scale * delta
-            if settings.attack == "drift":
-                distance = look(x)[2] - clean_x0_hat        # from where this image would be by now, not from this step
-            elif eot:
-                # The draws do not enter the network, so one pass serves them all: its gradient is the mean of theirs.
-                zeta = torch.stack([next(self.draws) for _ in range(settings.eot)])         # [e, B, C, H, W]
-                distance = look(x, zeta)[0] - state
-            else:
-                distance = look(x)[0] - state
-            return distance.square().flatten(-3).sum(dim=-1).reshape(-1, len(x_t)).mean(dim=0)
-
-        def slope(delta):
-            """The cost's gradient with respect to delta, and nothing else; its graph ends here."""
-            with torch.enable_grad():
-                delta = delta.detach().requires_grad_()
-                value = cost(delta)
-                gradient, = torch.autograd.grad(value.sum(), delta)
-            costs.append(value.detach())
-            self.sums["gradients"] += len(value)
-            self.add(zero=(gradient == 0).flatten(1).all(dim=1), broken=~gradient.isfinite().flatten(1).all(dim=1))
-            return gradient
-
-        if settings.attack == "noise":
-            delta = radius * draw.sign()
-        elif settings.attack in ("pgd", "eot"):
-            delta = pgd(slope, start, radius, settings.iters)
+    def attacked(self, x_t, i, z, x0_hat_clean):
+        """x_t^adv [B, C, H, W] by the algorithm asked for; its passes and its gradients are summed."""
+        asked, one = self.asked, Watched(self.model, self.schedule, i, self.how)
+        ball = dict(phi=asked["phi"], scale=asked["eps_scale"])
+        iterated = ball | {"N": asked["iters"], "stride": asked["stride"], "as_printed": asked["as_printed"]}
+        arguments = one.step, x_t, lambda: next(self.draws), one.gradient
+        if asked["name"] == "fgsm":
+            x_adv = fgsm(*arguments, **ball)
+        elif asked["name"] == "pgd":
+            x_adv = pgd(*arguments, **iterated)
+        elif asked["name"] == "eot":
+            sqrt_alpha_bar = at(self.schedule.sqrt_alpha_bar, i, x_t)
+            x_adv = eot(*arguments, z, sqrt_alpha_bar, e=asked["eot"], **iterated)
+        elif asked["name"] == "drift":
+            x_adv = drift(*arguments, x0_hat_clean, **ball)
         else:
-            delta = fgsm(slope, start, radius)
-        x_adv = x_t + scale * delta
-
-        self.sums.update(self.passes, steps=1, attacked=len(x_t))       # what follows is measurement
-        if costs:
-            self.add(start=costs[0], end=cost(delta))
-        self.passes.clear()
-        moved = (x_adv - x_t).abs()                         # as the sampler gets it, rounding included
-        self.add(size=(moved / radius).square().flatten(1).mean(dim=1).sqrt(),
-                 kept=(delta.sign() == draw.sign()).double().flatten(1).mean(dim=1),
-                 outside=(moved > scale * radius + 1e-6 * (1 + x_t.abs())).flatten(1).any(dim=1))
+            x_adv = random_signs(*arguments, scale=asked["eps_scale"])
+        self.sums.update(steps=1, attacked=len(x_t), forwards=one.forwards, backwards=one.backwards)
+        self.measure(one, x_t, x_adv)
         return x_adv
+
+    def measure(self, one, x_t, x_adv):
+        """Adds up how large the perturbation is, whether it left the ball, and how far it climbed."""
+        moved = (x_adv - x_t).abs()                         # as the sampler gets it, rounding included
+        radius = self.asked["eps_scale"] * one.sigma
+        self.add(size=(moved / radius).square().flatten(1).mean(dim=1).sqrt(),
+                 outside=(moved > radius + 1e-6 * (1 + x_t.abs())).flatten(1).any(dim=1))
+        if one.gradients:
+            self.sums["gradients"] += one.gradients * len(x_t)
+            self.add(zero=one.zero, broken=one.broken, start=one.start, end=one.cost(x_adv),
+                     kept=((x_adv - x_t).sign() == (one.x - x_t).sign()).double().flatten(1).mean(dim=1))
 
     def add(self, **values):
         """Adds up values [B] where they are: the host does not wait for the device before the last step."""
         for name, value in values.items():
             self.sums[name] = self.sums[name] + value.double().sum()
 
-    def finish(self, x_0):
-        """Measures the finished images x_0 [B, C, H, W] against the undisturbed ones, and writes the shard's sums."""
-        clean, control = (x_0, x_0) if self.clean is None else (self.clean, self.control)
+    def measures(self, x_0):
+        """The sums as plain numbers, once the attacked images x_0 [B, H, W, C], a NumPy array, are
+        finished."""
+        x_0 = torch.from_numpy(x_0)
+        ends = self.clean, self.control
+        clean, control = (x_0 if x is None else x.permute(0, 2, 3, 1).cpu() for x in ends)
         self.add(moved=(x_0 - clean).flatten(1).norm(dim=1), control=(control - clean).flatten(1).norm(dim=1))
-        self.sums["seconds"] = time.perf_counter() - self.began
-        with atomic_write(self.path) as temporary:
-            temporary.write_text(json.dumps({name: float(value) for name, value in self.sums.items()}
-                                            | {"pixels": x_0[0].numel()}))
+        self.sums.update(seconds=time.perf_counter() - self.began)
+        return {name: float(value) for name, value in self.sums.items()} | {"pixels": x_0[0].numel()}
 
 
-# ---------------------------------------------------------------------------------------------------------- the report
+class Watched:
+    """One attacked step: the `step` and the `gradient` that an algorithm takes, watched while it takes them.
 
-def report(folder, out, n, batch, asked):
-    """Joins the shards' sums in `folder` into OUT.attack.json, says what they mean, removes the folder. -> its dict.
-
-    asked: attack, steps_attacked and the other settings, which go into the file too. Means are over the images and, but
-    for the distances, over the attacked steps; None where nothing was counted.
+    forwards, backwards: passes through the network. sigma: of the state x_t itself, where every algorithm
+    looks first. Of the gradients: their number, the first one's x and cost `start` [B], the function `cost`,
+    and how many of an image's were zero or broken [B].
     """
-    sums = Counter()
-    for first in range(0, n, batch):
-        path = folder / f"{first:06d}.json"
-        if not path.exists():
-            raise UserError(f"{path} is missing: {out} is whole, but what the attack did to it is not known; delete "
-                            f"{folder} and run again")
-        shard = json.loads(path.read_text())
-        pixels = shard.pop("pixels")
+
+    def __init__(self, model, schedule, i, how):
+        self.model, self.schedule, self.i, self.how, self.sigma = model, schedule, i, how, None
+        self.forwards = self.backwards = self.gradients = self.zero = self.broken = 0
+
+    def step(self, x, z=None):
+        """The reverse step from x [B, C, H, W] with the noise z -> sample.Reverse."""
+        state = reverse_step(self.network, self.schedule, x, self.i, z, **self.how)
+        if self.sigma is None:
+            self.sigma = state.sigma
+        return state
+
+    def network(self, x, t):
+        """The network, its passes counted."""
+        self.forwards += 1
+        out = self.model(x, t)
+        if out.requires_grad:
+            out.register_hook(self.count_backward)
+        return out
+
+    def count_backward(self, gradient):
+        """Called when a gradient passes into the network."""
+        self.backwards += 1
+
+    def gradient(self, L, x):
+        """`gradient_of`, seen."""
+        gradient, value = gradient_of(L, x)
+        if not self.gradients:
+            self.x, self.start, self.cost = x, value, L
+        self.gradients += 1
+        self.zero = self.zero + (gradient == 0).flatten(1).all(dim=1)
+        self.broken = self.broken + ~gradient.isfinite().flatten(1).all(dim=1)
+        return gradient
+
+
+# ------------------------------------------------------------------------------------------------- the report
+
+def needed(asked):
+    """The forward and backward passes of an attacked step besides the step itself, as the algorithms have
+    them. `drift` takes x0_hat of the undisturbed trajectory besides, which runs anyway."""
+    if asked["name"] in ("pgd", "eot"):
+        return asked["iters"] + 1, asked["iters"]
+    return {"noise": (1, 0), "fgsm": (2, 1), "drift": (2, 1)}[asked["name"]]
+
+
+def summary(measures, protocol):
+    """The measures of all shards as one dict: means over the images and, but for the distances, over the
+    attacked steps; None where nothing was counted. L2 of an image, rms of a pixel."""
+    sums, n = Counter(), protocol["num_samples"]
+    for shard in measures:
         sums.update(shard)
+    pixels = sums["pixels"] / len(measures)
 
     def mean(name, count):
         return sums[name] / sums[count] if sums[count] else None
 
-    result = asked | dict(
-        n=n, seconds_per_image=sums["seconds"] / n,
-        forwards=mean("forwards", "steps"), backwards=mean("backwards", "steps"),
-        outside=sums["outside"], size=mean("size", "attacked"), signs_of_start=mean("kept", "attacked"),
-        zero_gradients=mean("zero", "gradients"), broken_gradients=mean("broken", "gradients"),
-        cost_start=mean("start", "attacked"), cost_end=mean("end", "attacked"),
-        l2=sums["moved"] / n, rms=sums["moved"] / n / math.sqrt(pixels),
+    return dict(
+        n=n, seconds_per_image=sums["seconds"] / n, forwards=mean("forwards", "steps"),
+        backwards=mean("backwards", "steps"), outside=sums["outside"], size=mean("size", "attacked"),
+        signs_of_start=mean("kept", "attacked"), zero_gradients=mean("zero", "gradients"),
+        broken_gradients=mean("broken", "gradients"), cost_start=mean("start", "attacked"),
+        cost_end=mean("end", "attacked"), l2=sums["moved"] / n, rms=sums["moved"] / n / math.sqrt(pixels),
         l2_noise=sums["control"] / n, rms_noise=sums["control"] / n / math.sqrt(pixels))
-    file = out.with_suffix(".attack.json")
-    with atomic_write(file) as temporary:
-        temporary.write_text(json.dumps(result, indent=1))
-    shutil.rmtree(folder)
-    print("\n".join(sentences(SimpleNamespace(**result))))
-    print(f"made {file}; next, how far the images are from the data: python fid.py {out} --ref DATA")
-    return result
 
 
-def sentences(r):
-    """The lines in which `report` says what its numbers r mean."""
-    yield (f"attack     {r.attack} on {r.steps_attacked} of {r.steps} {r.sampler} steps ({r.where}), "
-           f"{r.seconds_per_image:.3g} s an image, measurements included")
-    if not r.steps_attacked:
+def sentences(result, protocol):
+    """The lines that say what the numbers of `summary` mean."""
+    r, asked = SimpleNamespace(**result), protocol["attack"]
+    name, count = asked["name"] + (" as printed" if asked["as_printed"] else ""), asked["steps_attacked"]
+    yield (f"attack     {name} on {count} of {protocol['steps']} {protocol['sampler']} steps "
+           f"({asked['where']}), {r.seconds_per_image:.3g} s an image, measurements included")
+    if not count:
         return
-    forwards, backwards = NEEDED[r.attack](r.iters)
-    yield (f"cost       {r.forwards:g} forwards and {r.backwards:g} backwards an attacked step besides the step itself "
-           f"(the algorithm needs {forwards} and {backwards})")
-    yield f"ball       {r.outside:g} perturbations outside {r.eps_scale:g} sigma(t); rms size {r.size:.3f} of it"
-    if r.attack != "noise":
+    yield ("cost       {:g} forwards and {:g} backwards an attacked step besides the step itself (the "
+           "algorithm needs {} and {})".format(r.forwards, r.backwards, *needed(asked)))
+    yield (f"ball       {r.outside:g} perturbations outside {asked['eps_scale']:g} sigma(t); rms size "
+           f"{r.size:.3f} of it")
+    if asked["name"] != "noise":
         trust = "" if r.zero_gradients + r.broken_gradients < 0.01 else ": DO NOT TRUST THIS ATTACK"
         yield f"gradient   {r.zero_gradients:.2%} zero everywhere, {r.broken_gradients:.2%} not finite{trust}"
         climbs = "" if r.cost_end > r.cost_start else ": IT DOES NOT CLIMB"
         yield (f"objective  {r.cost_start:.4g} at the random start, {r.cost_end:.4g} at the end{climbs}; "
                f"{r.signs_of_start:.1%} of the signs are the start's")
-    yield f"moved      rms {r.rms:.4f} a pixel, L2 {r.l2:.3f} an image, from the undisturbed images of the same noise"
-    if r.attack != "noise":
+    yield (f"moved      rms {r.rms:.4f} a pixel, L2 {r.l2:.3f} an image, from the undisturbed images of the "
+           "same noise")
+    if asked["name"] != "noise":
         verdict = "" if r.rms >= MARGIN * r.rms_noise and r.rms > 0 else ": NO MORE THAN NOISE"
         times = r.rms / r.rms_noise if r.rms_noise else 0.0         # both are 0 where every gradient was
         yield (f"noise      of the same sizes, its signs random, moves them by rms {r.rms_noise:.4f}: "
                f"the attack by {times:.2f} times that{verdict}")
 
 
-# --------------------------------------------------------------------------------------------------- the command line
+# ------------------------------------------------------------------------------------------- the command line
 
 def attacked_count(text, total):
-    """--steps-attacked, a number or a percentage of the `total` sampling steps, as a number; UserError if neither."""
+    """--steps-attacked, a number or a percentage of the `total` sampling steps, as a number; UserError if
+    neither."""
     try:
         count = round(float(text[:-1]) * total / 100) if text.endswith("%") else int(text)
     except (ValueError, OverflowError):
         count = -1
     if not 0 <= count <= total:
-        raise UserError(f"--steps-attacked {text}: must be 0 to {total}, the steps sampled, or a percentage like 25%")
+        raise UserError(f"--steps-attacked {text}: must be 0 to {total}, the steps sampled, or a percentage "
+                        "like 25%")
     return count
 
 
-def sampling_steps(args):
-    """How many steps `generate` will take: known before it begins."""
-    checkpoint = load_checkpoint(args.run)
-    timesteps = checkpoint["config"]["process"]["timesteps"] if "config" in checkpoint else args.timesteps
-    return args.steps or (timesteps if args.sampler == "ddpm" else min(250, timesteps))
-
-
-def arguments():
+def arguments(argv=None):
     """The command line, parsed and checked."""
-    parser = argparse.ArgumentParser(description="Attack the sampling trajectory of a diffusion model, and measure how "
-                                     "far it is pushed off course.", epilog=__doc__.split("\n\n")[1],
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     add_arguments(parser)
     add = parser.add_argument_group("the attack (section 3.4, appendices A.2 to A.4)").add_argument
-    add("--attack", choices=list(NEEDED), default="fgsm", help="Algorithm 2, 3 or 4 (fgsm, pgd, eot); random signs "
-        "(noise); the one that adds up over the trajectory (drift). Default fgsm")
-    add("--steps-attacked", required=True, help="how many of the --steps, or a percentage of them such as 25%%")
-    add("--where", choices=["spread", "first", "last", "random"], default="spread", help="which steps: evenly spread "
-        "(default), the first ones sampled, which are the noisiest, the last ones, or a random choice")
-    add("--phi", type=float, default=1.0, help="deviation of the random start in units of sigma(t) (default 1)")
+    add("--attack", choices=["fgsm", "pgd", "eot", "drift", "noise"], default="fgsm", help="Algorithm 2, 3 "
+        "or 4 (fgsm, the default, pgd, eot); one that adds up along the way (drift); random signs (noise)")
+    add("--steps-attacked", required=True, help="how many of the --steps, or a percentage such as 25%%")
+    add("--where", choices=["spread", "first", "last", "random"], default="spread", help="which steps: "
+        "evenly spread (default), the first, which are the noisiest, the last, or a random choice")
+    add("--phi", type=float, default=1.0, help="deviation of the random start, in sigma(t) (default 1)")
     add("--iters", type=int, default=20, help="N of Algorithms 3 and 4 (default 20)")
     add("--eot", type=int, default=5, help="e of Algorithm 4: noise draws an iteration (default 5)")
-    add("--eps-scale", type=float, default=1.0, help="radius of the ball in units of sigma(t) (default 1, the paper's)")
-    args = parser.parse_args()
-    for name in ("phi", "iters", "eot", "eps_scale"):
-        value = getattr(args, name)
-        if not 0 < value < math.inf:
-            raise UserError(f"--{name.replace('_', '-')} {value}: must be positive")
+    add("--stride", type=float, default=2.5, help="step of Algorithms 3 and 4 in units of sigma(t) / N "
+        "(default 2.5, which reaches the ball's surface from anywhere in it; the paper prints 1)")
+    add("--as-printed", action="store_true", help="Algorithms 3 and 4 to the letter: steps of sigma(t) / N, "
+        "which overwrite delta in Algorithm 3, and sqrt(alpha_bar) before delta in Algorithm 4")
+    add("--eps-scale", type=float, default=1.0, help="radius of the ball, in sigma(t) (default 1: paper)")
+    args = parser.parse_args(argv)
+    check_ranges(args, phi=POSITIVE, iters=(1, 10**6), eot=(1, 10**6), stride=POSITIVE, eps_scale=POSITIVE)
     if args.attack == "eot" and args.sampler == "ddim":
         raise UserError("--attack eot --sampler ddim: DDIM draws no noise to average over; take --attack pgd")
+    if args.as_printed and args.attack not in ("pgd", "eot"):
+        raise UserError(f"--as-printed --attack {args.attack}: only pgd and eot are printed otherwise than "
+                        "meant")
     return args
 
 
-def main():
+def main(argv=None):
     """Samples under attack as the command line says."""
-    args = arguments()
-    steps = sampling_steps(args)
-    count = attacked_count(args.steps_attacked, steps)
-    chosen = attacked_steps(steps, count, args.where, args.seed)
-    folder = Path(f"{args.out}.attack")                     # shard by shard, beside sample.py's own
+    args = arguments(argv)
+    job = open_job(args)
+    total, seed = len(job.schedule), args.seed
+    count = attacked_count(args.steps_attacked, total)
+    asked = dict(name=args.attack, steps_attacked=count, where=args.where, phi=args.phi, iters=args.iters,
+                 eot=args.eot, stride=args.stride, as_printed=args.as_printed, eps_scale=args.eps_scale)
+    job.protocol["attack"] = asked
+    chosen = attacked_steps(total, count, args.where, seed)
 
-    def attacker(model, schedule, indices, variance, clamp):
-        path = folder / f"{indices[0]:06d}.json"
-        return TrajectoryAttack(args, chosen, path, model, schedule, indices, variance, clamp)
+    def attack_on(indices):
+        return TrajectoryAttack(asked, chosen, job.model, job.schedule, job.how, indices, seed)
 
-    asked = dict(attack=args.attack, steps_attacked=count, where=args.where, phi=args.phi, iters=args.iters,
-                 eot=args.eot, eps_scale=args.eps_scale)
-    generate(args, attacker, asked)
-    if os.environ.get("RANK", "0") == "0":                  # it has waited for the shards of all processes
-        report(folder, args.out, args.n, args.batch, asked | dict(steps=steps, sampler=args.sampler, seed=args.seed))
+    measures = generate(job, args.out, attack_on)
+    if measures:                                          # the first process, which has waited for all shards
+        result, file = summary(measures, job.protocol), args.out.with_name(f"{args.out.name}.attack.json")
+        write_json(file, dict(samples=args.out.name, **result, protocol=job.protocol))
+        print("\n".join(sentences(result, job.protocol)))
+        print(f"made {file}; next, how far the images are from the data: python fid.py {args.out} --ref DATA")
 
 
 if __name__ == "__main__":

@@ -1,77 +1,97 @@
-"""FID and Inception Score, with the project's own Inception network; two Frechet distances that need no network.
+"""FID and Inception Score, with the kit's own Inception network, and two Frechet distances that need no
+network.
 
-    python fid.py samples.npz --ref cifar10                         # FID and IS; cifar10 as prepared by data.py
+    python fid.py samples.npz --ref cifar10                       # FID and IS; cifar10 as prepared by data.py
     torchrun --nproc_per_node 8 fid.py samples.npz --ref cifar10    # the same number from eight processes
-    python fid.py folder_of_png/ --ref cifar10_stats.npz            # statistics as pytorch-fid and clean-fid write them
+    python fid.py folder_of_png/ --ref cifar10_stats.npz  # statistics as pytorch-fid and clean-fid write them
     python fid.py samples.npz --ref cifar10 --features pixels       # FD-pixels: coarse, but needs no weights
-    python fid.py a.npz b.npz c.npz --ref cifar10                   # one after the other, the network loaded once
+    python fid.py a.npz b.npz c.npz --ref cifar10               # one after the other, the network loaded once
     python fid.py samples.npz --ref subspace                        # FD-exact, rho and PSNR of Fig. 3
 
-SAMPLES and --ref are an .npz (images under `arr_0`), a .npy, a folder or zip of images, a statistics file (.npz with
-`mu` and `sigma`), or the name of a prepared data set (a file or folder of that name comes first). Only a distance on
-the features of the published Inception weights is called FID. IS takes the images in order, split after split.
+SAMPLES and --ref are an .npz (images under `arr_0`), a .npy, a folder, zip or tar of images, a statistics
+file (.npz with `mu` and `sigma`), or the name of a prepared data set (a file or folder of that name comes
+first). Only a distance on the features of the published Inception weights is called FID. IS takes the images
+in order, split after split.
 """
 
-import argparse
-import collections
 import contextlib
 import functools
 import hashlib
 import io
 import json
+import math
 import os
 import sys
 import time
 import zipfile
-import zlib
 from pathlib import Path
+from typing import Any, Callable, NamedTuple
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image
 from scipy.linalg import lapack
 
-from data import (FORMATS, MAX_PIXELS, SUFFIXES, Images, Progress, UserError, as_bytes, atomic_write, command_line, download,
-                  noise_estimate, sha256_of)
-from unet import start_processes
+from common import (Progress, UserError, all_sum, as_bytes, atomic_write, check_ranges, command_line, download, gather,
+                    is_first_process, noise_estimate, parser_of, sha256_of, start_processes, together, write_json)
+from data import Images, image_members, open_image
 
 RESIZE = {"inception": "TF1 bilinear to 299", "pixels": "box to 8"}
 DIMENSIONS = {"inception": 2048, "pixels": 192}
 
 
-# --------------------------------------------------------------- what is judged: images from anywhere, read as a stream
+# ----------------------------------------------------- what is judged: images from anywhere, read as a stream
 
-# Images to be read in order: label, for people; path; count, size (H, W) and dtype; read(start, stop, batch), which
-# yields arrays [B, H, W, 3]; key(), a hash of the content; protocol, a dict that came with them; truth, of a subspace.
-Source = collections.namedtuple("Source", "label path count size dtype read key protocol truth", defaults=({}, None))
-Statistics = collections.namedtuple("Statistics", "label path count mean covariance")
+class Source(NamedTuple):
+    """Images [N, H, W, 3], uint8 or float, to be read in order."""
+    label: str                                              # for people
+    path: Path                                              # where they are; results are written beside
+    count: int
+    size: tuple                                             # (H, W)
+    dtype: np.dtype
+    read: Callable                                       # read(start, stop, batch) yields arrays [B, H, W, 3]
+    key: Callable                                           # key() -> a hash of the content
+    protocol: dict = {}                                     # how they were sampled, if the file says so
+    truth: Any = None                                # of subspace data: their distribution, as Images.truth()
+
+
+class Statistics(NamedTuple):
+    """Mean [D] and covariance [D, D] (ddof 1) of the features of `count` images; None if that is not
+    known."""
+    label: str
+    path: Path
+    count: Any
+    mean: np.ndarray
+    covariance: np.ndarray
 
 
 @contextlib.contextmanager
-def _reading(label):
-    """Whatever a damaged file raises while it is read becomes one line."""
+def reading(label):
+    """Whatever a damaged file raises while it is read becomes one line, a UserError that names `label`."""
     try:
         yield
-    except (OSError, ValueError, EOFError, SyntaxError, KeyError, zipfile.BadZipFile, zlib.error, NotImplementedError,
-            RuntimeError, Image.DecompressionBombError) as error:
+    except UserError:
+        raise
+    except Exception as error:                              # numpy, zipfile and Pillow raise almost anything
         raise UserError(f"{label}: damaged or unreadable ({error or type(error).__name__})") from error
 
 
 def open_source(name, size=None, data_dir="data"):
-    """SAMPLES or --ref as a Source or as Statistics; size: of a data set that is given by name. Raises UserError."""
+    """SAMPLES or --ref as a Source or as Statistics; size: of a data set that is given by name. Raises
+    UserError."""
     path = Path(name)
     if not path.exists():
         if path.suffix or len(path.parts) != 1:
             raise UserError(f"{name}: no such file or folder")
         try:
-            return _prepared(Images(name, size, data_dir), Path(data_dir))
+            return prepared_source(Images(name, size, data_dir), data_dir)
         except UserError as error:
             raise UserError(f"{name}: no such file or folder, and no prepared data set: {error}") from error
-    with _reading(path):
-        if path.is_dir() or path.suffix == ".zip":
+    with reading(path):
+        if path.is_dir() or path.suffix in (".zip", ".tar"):
             return _image_files(path.resolve())             # "." has no name
+        if path.suffix == ".npy":
+            return _array(path, lambda: open(path, "rb"), path.stat().st_size, {})
         if path.suffix == ".npz":
             with zipfile.ZipFile(path) as archive:
                 members = {member.filename: member.file_size for member in archive.infolist()}
@@ -79,12 +99,10 @@ def open_source(name, size=None, data_dir="data"):
             if "mu.npy" in members and "sigma.npy" in members:
                 return _statistics(path)
             if "arr_0.npy" not in members:
-                raise UserError(f"{path} holds {', '.join(members) or 'nothing'}; images are expected under arr_0, or "
-                                "statistics under mu and sigma")
+                raise UserError(f"{path} holds {', '.join(members) or 'nothing'}; images are expected under "
+                                "arr_0, or statistics under mu and sigma")
             return _array(path, lambda: zipfile.ZipFile(path).open("arr_0.npy"), members["arr_0.npy"], protocol)
-        if path.suffix == ".npy":
-            return _array(path, lambda: open(path, "rb"), path.stat().st_size, {})
-    raise UserError(f"{path}: neither an .npz, a .npy, a zip nor a folder of images")
+    raise UserError(f"{path}: neither an .npz, a .npy, a zip or tar nor a folder of images")
 
 
 def _protocol(archive):
@@ -94,39 +112,40 @@ def _protocol(archive):
     protocol = json.loads(str(np.lib.format.read_array(io.BytesIO(archive.read(member)), allow_pickle=False)))
     if not isinstance(protocol, dict):
         raise ValueError("its protocol is not a JSON object")
+    json.dumps(protocol, allow_nan=False)          # ValueError: the results, which repeat it, are strict JSON
     return protocol
 
 
-def _prepared(images, folder):
+def prepared_source(images, data_dir):
+    """The clean images of an `Images` object as a Source."""
     def read(start, stop, batch):
         for i in range(start, stop, batch):
             yield images.array[i:min(i + batch, stop)].transpose(0, 2, 3, 1)
     label = f"{images.name}-{images.size}"
     truth = images.truth() if images.array.dtype.kind == "f" else None
-    return Source(label, folder / label, len(images), images.shape[1:], images.array.dtype, read,
+    return Source(label, Path(data_dir) / label, len(images), images.shape[1:], images.array.dtype, read,
                   lambda: images.info["sha256"], truth=truth)
 
 
 def _array(path, open_member, length, protocol):
-    """An array [N, H, W, 3] in a file of `length` bytes, read as a stream: an .npz cannot be memory-mapped."""
+    """An array [N, H, W, 3] in a file of `length` bytes, read as a stream: an .npz cannot be
+    memory-mapped."""
     with open_member() as file:
         version = np.lib.format.read_magic(file)
         header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, fortran, dtype = header(file)
         offset = file.tell()
-    if len(shape) == 3 or len(shape) == 4 and shape[3] == 1:
-        raise UserError(f"{path} holds greyscale images, {dtype} {shape}; colour images [N, H, W, 3] are expected")
     if len(shape) != 4 or shape[3] != 3 or fortran or 0 in shape:
         order = " in Fortran order" if fortran else ""
-        raise UserError(f"{path} holds {dtype} {shape}{order}; images [N, H, W, 3] are expected")
+        raise UserError(f"{path} holds {dtype} {shape}{order}; colour images [N, H, W, 3] are expected")
     if dtype != np.uint8 and dtype.kind != "f":
         raise UserError(f"{path} holds {dtype}; uint8 images, or float images in [-1, 1], are expected")
-    row = int(np.prod(shape[1:])) * dtype.itemsize
+    row = math.prod(shape[1:]) * dtype.itemsize
     if length < offset + shape[0] * row:
         raise UserError(f"{path} is truncated: it ends in image {(length - offset) // row:,} of {shape[0]:,}")
 
     def read(start, stop, batch):
-        with _reading(path), open_member() as file:
+        with reading(path), open_member() as file:
             file.seek(offset + start * row)
             for i in range(start, stop, batch):
                 images = min(batch, stop - i)
@@ -135,24 +154,14 @@ def _array(path, open_member, length, protocol):
 
 
 def _image_files(path):
-    """A folder or zip of images, by name. All headers are read first: that is cheap and finds most faults."""
-    archive = None if path.is_dir() else zipfile.ZipFile(path)
-    found = archive.namelist() if archive else [p.relative_to(path).as_posix() for p in path.rglob("*")]
-    names = sorted(name for name in found if name.lower().endswith(SUFFIXES)
-                   and not any(part.startswith((".", "__MACOSX")) for part in name.split("/")))
-    if not names:
-        raise UserError(f"{path}: no images in it ({' '.join(SUFFIXES)})")
-
-    def open_file(name):
-        return archive.open(name) if archive else open(path / name, "rb")
+    """A folder, zip or tar of images, by name. All headers are read first: that is cheap and finds most
+    faults."""
+    names, payload = image_members(path)
 
     def picture(name, decode):
-        with _reading(f"{path}/{name}"), open_file(name) as file, Image.open(file, formats=FORMATS) as image:
-            if image.mode != "RGB":
-                kind = "greyscale" if image.mode in ("L", "LA", "1", "I", "I;16") else "not RGB"
-                raise UserError(f"{path}/{name} is {kind} (mode {image.mode}); opaque colour images are expected")
-            if image.width * image.height > MAX_PIXELS:
-                raise UserError(f"{path}/{name} has {image.width} x {image.height} pixels, too many")
+        with reading(f"{path}/{name}"), open_image(payload(name)) as image:
+            if image.mode != "RGB" or "transparency" in image.info:
+                raise UserError(f"{path}/{name} is of mode {image.mode}; opaque colour images (RGB) are expected")
             return np.asarray(image) if decode else (image.height, image.width)
     size = picture(names[0], False)
     for name in names:
@@ -166,8 +175,9 @@ def _image_files(path):
     def key():
         digest = hashlib.sha256()
         for name in names:
-            with open_file(name) as file:
-                digest.update(hashlib.sha256(file.read()).digest())
+            content = payload(name)
+            content = content.read_bytes() if isinstance(content, Path) else content
+            digest.update(hashlib.sha256(content).digest())
         return digest.hexdigest()
     return Source(path.name, path, len(names), size, np.dtype(np.uint8), read, key)
 
@@ -178,15 +188,15 @@ def _statistics(path):
         count = int(file["n"]) if "n" in file else None
     if mean.ndim != 1 or covariance.shape != 2 * mean.shape:
         raise UserError(f"{path}: mu is {mean.shape} and sigma {covariance.shape}; [D] and [D, D] are expected")
-    if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
-        raise UserError(f"{path}: mu or sigma holds values that are not finite")
-    if not np.allclose(covariance, covariance.T, rtol=1e-6, atol=1e-9) or covariance.diagonal().min() < 0:
-        raise UserError(f"{path}: sigma is not a covariance matrix (not symmetric, or a negative variance)")
+    if not (np.isfinite(mean).all() and np.isfinite(covariance).all() and covariance.diagonal().min() >= 0
+            and np.allclose(covariance, covariance.T, rtol=1e-6, atol=1e-9)):
+        raise UserError(f"{path}: mu and sigma are no mean and covariance (not finite, not symmetric or negative)")
     return Statistics(path.name, path, count, mean, covariance)
 
 
 def to_bytes(images, label):
-    """uint8 images as they are; float images in [-1, 1] rounded to uint8; UserError for another range and for NaN."""
+    """uint8 images as they are; float images in [-1, 1] rounded to uint8; UserError for another range and for
+    NaN."""
     if images.dtype == np.uint8:
         return images
     low, high = float(images.min()), float(images.max())    # NaN if any value is
@@ -197,102 +207,158 @@ def to_bytes(images, label):
     return as_bytes(images)
 
 
-# ------------------------------------------------------------------------------------------------ the Inception network
+def check_range(source):
+    """Looks at the first images of a Source. UserError where they are neither bytes nor in [-1, 1], but in
+    [0, 1]."""
+    head = next(source.read(0, min(source.count, 64), 64))
+    if to_bytes(head, source.label).min() >= 128 and head.dtype != np.uint8:
+        raise UserError(f"{source.label} holds float images, none negative: [-1, 1], or uint8, is expected")
+
+
+def check_pair(samples, reference):
+    """UserError where two Sources cannot be compared: another size, other units, a range that is none of
+    ours."""
+    if samples.size != reference.size:
+        raise UserError(f"{samples.label} holds images of {samples.size}, {reference.label} of "
+                        f"{reference.size} (height, width): choose others, or another --size")
+    if not reference.truth:
+        check_range(samples)
+        check_range(reference)
+    elif samples.dtype.kind != "f":
+        raise UserError(f"{samples.label} holds {samples.dtype}: floats in the units of {reference.label} are expected")
+
+
+def batches(source, batch, process):
+    """Yields (index of the first image, images [B, H, W, 3]) of this process's part of a Source, with
+    progress."""
+    first, last = (source.count * (process.rank + i) // process.world for i in (0, 1))
+    label = source.label if process.world == 1 else f"{source.label}, one of {process.world} parts"
+    progress, done = Progress(last - first, "images", label), first
+    for images in source.read(first, last, batch):
+        yield done, images
+        done += len(images)
+        progress.update(done - first)
+    progress.close()
+
+
+# -------------------------------------------------------------------------------------- the Inception network
 
 WEIGHTS = dict(sha256="6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2", size=95_628_359, urls=[
     "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth",
     "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"])
 
-
-def _narrow(pooled):
-    return ["branch1x1:64", "branch5x5_1:48 branch5x5_2:64:5x5",
-            "branch3x3dbl_1:64 branch3x3dbl_2:96:3x3 branch3x3dbl_3:96:3x3", f"avg branch_pool:{pooled}"]
-
-
-def _factored(c):
-    return ["branch1x1:192", f"branch7x7_1:{c} branch7x7_2:{c}:1x7 branch7x7_3:192:7x1",
-            f"branch7x7dbl_1:{c} branch7x7dbl_2:{c}:7x1 branch7x7dbl_3:{c}:1x7 branch7x7dbl_4:{c}:7x1 "
-            "branch7x7dbl_5:192:1x7",
-            "avg branch_pool:192"]
+# A block takes x [B, C, H, W] and layers(x, *chain), which applies one convolution after another, each with
+# batch norm and ReLU: (name in the weights file, channels, height, width, stride). Without height and width
+# it is 1 x 1; without a stride it keeps the size, with one it has no padding.
 
 
-def _wide(pool):
-    return ["branch1x1:320", "branch3x3_1:384 branch3x3_2a:384:1x3|branch3x3_2b:384:3x1",
-            "branch3x3dbl_1:448 branch3x3dbl_2:384:3x3 branch3x3dbl_3a:384:1x3|branch3x3dbl_3b:384:3x1",
-            f"{pool} branch_pool:192"]
+def _average(x):
+    return F.avg_pool2d(x, 3, 1, 1, count_include_pad=False)
 
 
-# Each block of the network: its name, and its branches, whose outputs are joined. A branch is a chain of stages:
-# convolutions `name:channels:kernel` (1x1 where none is given; size-keeping padding, or /stride and no padding) and 3x3
-# pools `avg` and `max`; a|b runs both and joins them. 7c's max pool is a slip of the 2015 network that FID inherits.
-INCEPTION = [
-    ("", ["Conv2d_1a_3x3:32:3x3/2 Conv2d_2a_3x3:32:3x3/1 Conv2d_2b_3x3:64:3x3 max/2 "
-          "Conv2d_3b_1x1:80 Conv2d_4a_3x3:192:3x3/1 max/2"]),
-    ("Mixed_5b.", _narrow(32)), ("Mixed_5c.", _narrow(64)), ("Mixed_5d.", _narrow(64)),
-    ("Mixed_6a.", ["branch3x3:384:3x3/2", "branch3x3dbl_1:64 branch3x3dbl_2:96:3x3 branch3x3dbl_3:96:3x3/2", "max/2"]),
-    ("Mixed_6b.", _factored(128)), ("Mixed_6c.", _factored(160)), ("Mixed_6d.", _factored(160)),
-    ("Mixed_6e.", _factored(192)),
-    ("Mixed_7a.", ["branch3x3_1:192 branch3x3_2:320:3x3/2", "branch7x7x3_1:192 branch7x7x3_2:192:1x7 "
-                   "branch7x7x3_3:192:7x1 branch7x7x3_4:192:3x3/2", "max/2"]),
-    ("Mixed_7b.", _wide("avg")), ("Mixed_7c.", _wide("max")),
-]
+def _mixed_5(x, layers, pooled):
+    return torch.cat([
+        layers(x, ("branch1x1", 64)),
+        layers(x, ("branch5x5_1", 48), ("branch5x5_2", 64, 5, 5)),
+        layers(x, ("branch3x3dbl_1", 64), ("branch3x3dbl_2", 96, 3, 3), ("branch3x3dbl_3", 96, 3, 3)),
+        layers(_average(x), ("branch_pool", pooled))], 1)
 
 
-@functools.cache
-def _parse(stage):
-    """A stage of the table -> name, channels, kernel, stride, padding (a pool has no channels)."""
-    text, _, stride = stage.partition("/")
-    name, *rest = text.split(":")
-    kernel = tuple(map(int, rest[1].split("x"))) if len(rest) > 1 else (1, 1) if rest else (3, 3)
-    padding = (0, 0) if stride else tuple(k // 2 for k in kernel)
-    return name, int(rest[0]) if rest else None, kernel, int(stride or 1), padding
+def _mixed_6a(x, layers):
+    return torch.cat([
+        layers(x, ("branch3x3", 384, 3, 3, 2)),
+        layers(x, ("branch3x3dbl_1", 64), ("branch3x3dbl_2", 96, 3, 3), ("branch3x3dbl_3", 96, 3, 3, 2)),
+        F.max_pool2d(x, 3, 2)], 1)
 
 
-def _walk(x, step, join):
-    """Sends x through the whole table: step(x, block name, stage) -> x, join([x, ...]) -> x."""
-    for block, branches in INCEPTION:
-        ends = []
-        for branch in branches:
-            h = x
-            for stage in branch.split():
-                h = join([step(h, block, part) for part in stage.split("|")])
-            ends.append(h)
-        x = join(ends)
-    return x
+def _mixed_6(x, layers, c):
+    return torch.cat([
+        layers(x, ("branch1x1", 192)),
+        layers(x, ("branch7x7_1", c), ("branch7x7_2", c, 1, 7), ("branch7x7_3", 192, 7, 1)),
+        layers(x, ("branch7x7dbl_1", c), ("branch7x7dbl_2", c, 7, 1), ("branch7x7dbl_3", c, 1, 7),
+               ("branch7x7dbl_4", c, 7, 1), ("branch7x7dbl_5", 192, 1, 7)),
+        layers(_average(x), ("branch_pool", 192))], 1)
+
+
+def _mixed_7a(x, layers):
+    return torch.cat([
+        layers(x, ("branch3x3_1", 192), ("branch3x3_2", 320, 3, 3, 2)),
+        layers(x, ("branch7x7x3_1", 192), ("branch7x7x3_2", 192, 1, 7), ("branch7x7x3_3", 192, 7, 1),
+               ("branch7x7x3_4", 192, 3, 3, 2)),
+        F.max_pool2d(x, 3, 2)], 1)
+
+
+def _mixed_7(x, layers, pooled):
+    three = layers(x, ("branch3x3_1", 384))
+    double = layers(x, ("branch3x3dbl_1", 448), ("branch3x3dbl_2", 384, 3, 3))
+    return torch.cat([
+        layers(x, ("branch1x1", 320)),
+        layers(three, ("branch3x3_2a", 384, 1, 3)), layers(three, ("branch3x3_2b", 384, 3, 1)),
+        layers(double, ("branch3x3dbl_3a", 384, 1, 3)), layers(double, ("branch3x3dbl_3b", 384, 3, 1)),
+        layers(pooled, ("branch_pool", 192))], 1)
+
+
+def _network(x, convolution):
+    """x [B, 3, 299, 299] -> [B, 2048, 8, 8]; convolution(x, name, channels, height, width, stride) does the
+    work."""
+    def block(name):
+        def layers(x, *chain):
+            for layer, channels, *shape in chain:
+                x = convolution(x, name + layer, channels, *shape)
+            return x
+        return layers
+    x = block("")(x, ("Conv2d_1a_3x3", 32, 3, 3, 2), ("Conv2d_2a_3x3", 32, 3, 3, 1), ("Conv2d_2b_3x3", 64, 3, 3))
+    x = F.max_pool2d(x, 3, 2)                                                                # [B, 64, 73, 73]
+    x = block("")(x, ("Conv2d_3b_1x1", 80), ("Conv2d_4a_3x3", 192, 3, 3, 1))
+    x = F.max_pool2d(x, 3, 2)                                                               # [B, 192, 35, 35]
+    for name, pooled in (("Mixed_5b.", 32), ("Mixed_5c.", 64), ("Mixed_5d.", 64)):
+        x = _mixed_5(x, block(name), pooled)                                                # [B, 288, 35, 35]
+    x = _mixed_6a(x, block("Mixed_6a."))                                                    # [B, 768, 17, 17]
+    for name, c in (("Mixed_6b.", 128), ("Mixed_6c.", 160), ("Mixed_6d.", 160), ("Mixed_6e.", 192)):
+        x = _mixed_6(x, block(name), c)
+    x = _mixed_7a(x, block("Mixed_7a."))                                                     # [B, 1280, 8, 8]
+    x = _mixed_7(x, block("Mixed_7b."), _average(x))
+    return _mixed_7(x, block("Mixed_7c."), F.max_pool2d(x, 3, 1, 1))   # max: a slip of 2015 that FID inherits
+
+
+def _convolve(x, weight, bias, stride):
+    padding = 0 if stride else (weight.shape[2] // 2, weight.shape[3] // 2)
+    return F.conv2d(x, weight, bias, stride or 1, padding).relu_()
 
 
 def inception_shapes():
-    """The state dict that the network takes, name -> shape (the published file holds `num_batches_tracked` as well)."""
+    """The state dict that the network takes, name -> shape (the published file holds `num_batches_tracked` as
+    well)."""
     shapes = {}
 
-    def step(channels, block, stage):
-        name, out, kernel, _, _ = _parse(stage)
-        if out is None:
-            return channels
-        shapes[f"{block}{name}.conv.weight"] = (out, channels, *kernel)
+    def convolution(x, name, channels, height=1, width=1, stride=None):
+        shape = shapes[f"{name}.conv.weight"] = (channels, x.shape[1], height, width)
         for key in ("weight", "bias", "running_mean", "running_var"):
-            shapes[f"{block}{name}.bn.{key}"] = (out,)
-        return out
-    features = _walk(3, step, sum)
-    return {**shapes, "fc.weight": (1008, features), "fc.bias": (1008,)}
+            shapes[f"{name}.bn.{key}"] = (channels,)
+        return _convolve(x, torch.empty(shape, device="meta"), None, stride)
+    features = _network(torch.empty(1, 3, 299, 299, device="meta"), convolution)
+    return {**shapes, "fc.weight": (1008, features.shape[1]), "fc.bias": (1008,)}
 
 
 @functools.cache
-def _interpolation(n, size=299):
-    """TF1's bilinear interpolation from n to `size` points as a matrix [size, n]: source = destination * n / size."""
+def _interpolation(n, device, size=299):
+    """TF1's bilinear interpolation from n to `size` points as a matrix [size, n]: source = destination * n /
+    size."""
     source = torch.arange(size, dtype=torch.float32) * (torch.tensor(float(n)) / size)
     low = source.floor().long()
-    share, rows, matrix = source - low, torch.arange(size), torch.zeros(size, n)
-    matrix[rows, low] = 1 - share
-    matrix[rows, (low + 1).clamp(max=n - 1)] += share
-    return matrix
+    upper, rows, matrix = source - low, torch.arange(size), torch.zeros(size, n)
+    matrix[rows, low] = 1 - upper
+    matrix[rows, (low + 1).clamp(max=n - 1)] += upper
+    return matrix.to(device)
 
 
 class Inception:
-    """The Inception network of FID: uint8 images [B, H, W, 3] -> features [B, 2048], logits without bias [B, 1008].
+    """The Inception network of FID: uint8 images [B, H, W, 3] -> features [B, 2048], logits without bias [B,
+    1008].
 
-    state: a state dict with exactly the names and shapes of `inception_shapes()` (`num_batches_tracked` beside them is
-    ignored), else UserError, which calls it `label`. Always in float32 (no TF32, no autocast), always as in eval mode.
+    state: a state dict with exactly the names and shapes of `inception_shapes()` (`num_batches_tracked`
+    beside them is ignored), else UserError, which calls it `label`. In float32 (see `start_processes`),
+    always as in eval mode.
     """
 
     def __init__(self, state, device="cpu", label="the weights"):
@@ -302,12 +368,11 @@ class Inception:
         given = {k: tuple(v.shape) for k, v in state.items() if not k.endswith(".bn.num_batches_tracked")}
         for key in [*shapes, *given]:
             if shapes.get(key) != given.get(key):
-                raise UserError(f"{label}: {key} is {given.get(key, 'missing')}, the Inception network of FID has "
-                                f"{shapes.get(key, 'no such tensor')}")
-        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+                raise UserError(f"{label}: {key} is {given.get(key, 'missing')}, the Inception network of "
+                                f"FID has {shapes.get(key, 'no such tensor')}")
         self.device, self.folded = torch.device(device), {}
         for key in shapes:
-            if key.endswith(".conv.weight"):                # batch norm in eval mode is affine: fold it, in float64
+            if key.endswith(".conv.weight"):          # batch norm in eval mode is affine: fold it, in float64
                 name = key.removesuffix(".conv.weight")
                 gain, bias, mean, var = (state[f"{name}.bn.{k}"].double()
                                          for k in ("weight", "bias", "running_mean", "running_var"))
@@ -320,37 +385,28 @@ class Inception:
             if not all(v.isfinite().all() for v in tensors):
                 raise UserError(f"{label}: {name} holds values that are not finite, or a negative variance")
 
-    def _step(self, x, block, stage):
-        name, channels, kernel, stride, padding = _parse(stage)
-        if name == "max":
-            return F.max_pool2d(x, kernel, stride, padding)
-        if name == "avg":
-            return F.avg_pool2d(x, kernel, stride, padding, count_include_pad=False)
-        return F.conv2d(x, *self.folded[block + name], stride, padding).relu_()
+    def _convolution(self, x, name, channels, height=1, width=1, stride=None):
+        return _convolve(x, *self.folded[name], stride)
 
     @torch.inference_mode()
     def __call__(self, images):
-        with torch.autocast(self.device.type, enabled=False):
-            x = torch.as_tensor(images).to(self.device).permute(0, 3, 1, 2).float()             # [B, 3, H, W]
-            # (x - 128) / 128 is exact on bytes and commutes with interpolation: cheaper before it.
-            x = self._resize((x - 128) / 128).contiguous(memory_format=torch.channels_last)     # [B, 3, 299, 299]
-            x = _walk(x, self._step, lambda h: torch.cat(h, 1) if len(h) > 1 else h[0])         # [B, 2048, 8, 8]
-            features = x.mean((2, 3))
-            return features, features @ self.fc.T
-
-    def _resize(self, x):
-        rows, columns = (_interpolation(n).to(self.device) for n in x.shape[2:])
-        return rows @ (x @ columns.T)
+        x = torch.as_tensor(images).to(self.device).permute(0, 3, 1, 2).float()                 # [B, 3, H, W]
+        # (x - 128) / 128 is exact on bytes and commutes with interpolation: cheaper before it.
+        rows, columns = (_interpolation(n, self.device) for n in x.shape[2:])
+        x = rows @ ((x - 128) / 128 @ columns.T)                                            # [B, 3, 299, 299]
+        features = _network(x.contiguous(memory_format=torch.channels_last), self._convolution).mean((2, 3))
+        return features, features @ self.fc.T
 
 
-# --------------------------------------------------------------------------------------- moments, distances and scores
+# ------------------------------------------------------------------------------ moments, distances and scores
 
 class Moments:
     """Mean and covariance of feature vectors that come in batches, from any number of processes, in float64.
 
-    Batches and processes are joined by their own means and scatter matrices (Chan et al. 1979). Plain sums of outer
-    products would lose digits where a feature's mean is large beside its spread; the distance between singular
-    covariances, where rounding errors enter by their square roots, feels that. device: where the sums live."""
+    Batches and processes are joined by their own means and scatter matrices (Chan et al. 1979). Plain sums of
+    outer products would lose digits where a feature's mean is large beside its spread; the distance between
+    singular covariances, where rounding errors enter by their square roots, feels that. device: where the
+    sums live."""
 
     def __init__(self, dimensions, device="cpu"):
         self.count = 0
@@ -367,46 +423,58 @@ class Moments:
         self.count = count
 
     def total(self):
-        """-> count, mean [D], covariance [D, D] (ddof 1) over all processes, as numpy; every process must call it."""
-        count = sum(share(self.count))
+        """-> count, mean [D], covariance [D, D] (ddof 1) over all processes, as numpy; every process must
+        call it. UserError where they are not finite."""
+        count = sum(gather(self.count))
         mean = all_sum(self.mean * self.count) / count
         step = self.mean - mean
-        scatter = all_sum(self.scatter.addr(step, step, alpha=self.count))
-        return count, mean.cpu().numpy(), (scatter / (count - 1)).cpu().numpy()
+        covariance = all_sum(self.scatter.addr(step, step, alpha=self.count)) / (count - 1)
+        if not covariance.isfinite().all():
+            raise UserError("the features hold values that are not finite (NaN or infinity), or too large")
+        return count, mean.cpu().numpy(), covariance.cpu().numpy()
 
 
-def _factor(covariance):
-    """[D, D], positive semi-definite -> L [D, rank] with L L^T = covariance, by Cholesky with pivots, which stops at
-    the numerical rank: directions that hold rounding errors only are left out, not square-rooted."""
+def _root(covariance):
+    """[D, D], positive semi-definite -> L [D, rank] with L L^T = covariance.
+
+    Where the rank is full, Cholesky's lower triangle. That is found for nearly singular matrices, too, with
+    rounding errors for digits: the condition number tells. For these, and singular ones, Cholesky with
+    pivots, which stops at the numerical rank: directions that hold rounding errors only are left out, not
+    square-rooted."""
+    lower, failed = lapack.dpotrf(covariance, lower=1)
+    largest = abs(covariance).sum(0).max()                  # the 1-norm, which the condition number is of
+    if not failed and lapack.dpocon(lower, largest, uplo="L")[0] > len(covariance) * np.finfo(float).eps:
+        return lower
     lower, pivots, rank, _ = lapack.dpstrf(covariance, lower=1)
-    factor = np.empty((len(covariance), rank))
-    factor[pivots - 1] = np.tril(lower)[:, :rank]
-    return factor
+    root = np.empty((len(covariance), rank))
+    root[pivots - 1] = np.tril(lower)[:, :rank]
+    return root
 
 
 def frechet_distance(mean_1, covariance_1, mean_2, covariance_2):
-    """|mean_1 - mean_2|^2 + tr(S_1 + S_2 - 2 (S_1 S_2)^(1/2)) of two Gaussians: mean [D], covariance S [D, D], float64.
+    """|mean_1 - mean_2|^2 + tr(S_1 + S_2 - 2 (S_1 S_2)^(1/2)) of two Gaussians: mean [D], covariance S [D,
+    D].
 
-    With S = L L^T, the trace of the square root is the sum of the singular values of L_1^T L_2. Their squares are the
-    eigenvalues of a symmetric matrix, which take a third of the time but cost the smallest ones digits: if that would
-    show, the singular values are computed themselves."""
-    product = _factor(covariance_1).T @ _factor(covariance_2)                                    # [rank_1, rank_2]
-    if product.shape[0] > product.shape[1]:
-        product = product.T
-    trace = 0.0
-    if product.size:
-        square = np.linalg.eigvalsh(product @ product.T)
+    With S = L L^T, the trace of the square root is the sum of the singular values of L_1^T L_2. Their squares
+    are the eigenvalues of L_1^T S_2 L_1, which take half the time but cost the smallest ones digits: if that
+    would show, or a covariance is singular, the singular values are computed themselves."""
+    root_1, root_2 = _root(covariance_1), _root(covariance_2)
+    trace = None
+    if root_1.shape == root_2.shape == covariance_1.shape:
+        square = np.linalg.eigvalsh(lapack.dsygst(covariance_2, root_1, itype=2, lower=1)[0])
         singular = np.sqrt(np.maximum(square, np.finfo(float).tiny))
         # An error of eps * square[-1] in every square moves its root by that over twice the root.
-        if np.finfo(float).eps * square[-1] * (0.5 / singular).sum() > 1e-9 * singular.sum():
-            singular = np.linalg.svd(product, compute_uv=False)
-        trace = singular.sum()
+        if np.finfo(float).eps * square[-1] * (0.5 / singular).sum() <= 1e-9 * singular.sum():
+            trace = singular.sum()
+    if trace is None:
+        trace = np.linalg.svd(root_1.T @ root_2, compute_uv=False).sum()
     step = mean_1 - mean_2
     return float(step @ step + np.trace(covariance_1) + np.trace(covariance_2) - 2 * trace)
 
 
 class Score:
-    """The Inception Score (Salimans et al. 2016) of `count` images in `splits` consecutive splits, in float64."""
+    """The Inception Score (Salimans et al. 2016) of `count` images in `splits` consecutive splits, in
+    float64."""
 
     def __init__(self, count, splits, device="cpu"):
         self.ends = torch.tensor([(i + 1) * count // splits for i in range(splits)], device=device)
@@ -421,160 +489,177 @@ class Score:
         self.sums.index_add_(0, split, torch.cat([(p * log_p).sum(1, keepdim=True), p], 1))
 
     def total(self):
-        """-> mean and standard deviation over the splits (ddof 0), of all processes; every process must call it."""
+        """-> mean and standard deviation over the splits (ddof 0), of all processes; every process must call
+        it."""
         average = all_sum(self.sums) / self.ends.diff(prepend=self.ends.new_zeros(1))[:, None]
-        entropy = torch.special.entr(average[:, 1:]).sum(1)                                      # of the marginal
+        entropy = torch.special.entr(average[:, 1:]).sum(1)                                  # of the marginal
         scores = (average[:, 0] + entropy).exp()
         return scores.mean().item(), scores.std(correction=0).item()
 
 
 def pixel_features(images):
-    """uint8 images [B, H, W, 3] -> their 8 x 8 box averages in [-1, 1], float64 [B, 192]; H, W multiples of 8."""
+    """uint8 images [B, H, W, 3] -> their 8 x 8 box averages in [-1, 1], float64 [B, 192]; H, W multiples of
+    8."""
     x = torch.as_tensor(images).double() / 127.5 - 1
     return x.unflatten(2, (8, -1)).unflatten(1, (8, -1)).mean((2, 4)).flatten(1)
 
 
-# ---------------------------------------------------------------------------------------------------------- processes
-
-def share(value):
-    """The `value` of every process, in order of rank."""
-    values = [value]
-    if dist.is_initialized():
-        values = [None] * dist.get_world_size()
-        dist.all_gather_object(values, value)
-    return values
-
-
-def all_sum(tensor):
-    """The sum of a tensor over all processes."""
-    if dist.is_initialized():
-        tensor = tensor.clone()
-        dist.all_reduce(tensor)
-    return tensor
-
-
-def together(work):
-    """work() in every process; a UserError in one is raised in all, so that none waits for one that has gone."""
-    error = None
-    try:
-        work()
-    except UserError as mistake:
-        error = str(mistake)
-    for error in share(error):
-        if error:
-            raise UserError(error)
-
-
-# ------------------------------------------------------------------------------------------------------- measurements
-
-def _each_batch(source, process, batch, use):
-    """use(images [B, H, W, 3], index of the first) for every batch of this process's share of the images."""
-    first, last = (source.count * (process.rank + i) // process.world for i in (0, 1))
-    label = source.label if process.world == 1 else f"{source.label}, one of {process.world} shares"
-
-    def run():
-        progress, done = Progress(last - first, "images", label), first
-        for images in source.read(first, last, batch):
-            use(images, done)
-            done += len(images)
-            progress.update(done - first)
-        progress.close()
-    together(run)
-
+# ----------------------------------------------------------------------------------------------- measurements
 
 def measure(source, extract, features, process, batch, splits=0):
     """Of a Source, given extract(uint8 [B, H, W, 3]) -> features, logits:
 
-    its Statistics; the IS as (mean, deviation), or None; `noise_estimate` in [-1, 1] units, the mean over its images as bytes.
+    its Statistics; the IS as (mean, deviation), or None; the mean `noise_estimate` of its images, in [-1, 1]
+    units.
     """
     moments = Moments(DIMENSIONS[features], process.device)
     noise = torch.zeros((), dtype=torch.float64, device=process.device)
     score = Score(source.count, splits, process.device) if splits else None
 
-    def use(images, first):
-        images = np.array(to_bytes(images, source.label))                   # a copy: torch takes no read-only array
-        noise.add_(noise_estimate(torch.from_numpy(images).to(process.device).permute(0, 3, 1, 2)).sum() / 127.5)
-        x, logits = extract(images)
-        moments.add(x)
-        if score:
-            score.add(logits, first)
-    _each_batch(source, process, batch, use)
+    def work():
+        for first, images in batches(source, batch, process):
+            images = np.array(to_bytes(images, source.label))         # a copy: torch takes no read-only array
+            x = torch.from_numpy(images).to(process.device)
+            noise.add_(noise_estimate(x.permute(0, 3, 1, 2)).sum() / 127.5)
+            x, logits = extract(x)
+            moments.add(x)
+            if score:
+                score.add(logits, first)
+    together(work)
     return (Statistics(source.label, source.path, *moments.total()), score.total() if score else None,
             all_sum(noise).item() / source.count)
 
 
 def measure_subspace(source, truth, process, batch):
-    """How far samples are from a known Gaussian x = mu + (a * scale) @ U, a ~ N(0, 1), U [k, D] (Fig. 3), as a dict.
+    """How far samples are from a known Gaussian x = mu + (a * scale) @ U, a ~ N(0, 1), U [k, D] (Fig. 3), as
+    a dict.
 
-    The Frechet distance to it falls into a part inside the subspace, that of the coefficients, and a part outside,
-    where the Gaussian has no variance. rho = |x - mu - U^T U (x - mu)|: mean and percentiles. PSNR of x against its
-    projection: of the mean squared error, peak 2 (the width of [-1, 1]). variance_kept: inside, found/true."""
+    The Frechet distance to it falls into a part inside the subspace, that of the coefficients, and a part
+    outside, where the Gaussian has no variance. rho = |x - mu - U^T U (x - mu)|: mean and percentiles. PSNR
+    of x against its projection: of the mean squared error, peak 2 (the width of [-1, 1]). variance_kept:
+    inside, found/true."""
     moments, outside = Moments(len(truth["scale"])), torch.zeros(len(truth["mean"]), dtype=torch.float64)
     true = truth["scale"] ** 2
     rho = [np.zeros(0)]                                     # 8 bytes an image, for the percentiles
 
-    def add(images, _):
-        x = images.transpose(0, 3, 1, 2).reshape(len(images), -1).astype(np.float64) - truth["mean"]            # [B, D]
-        if not np.isfinite(x).all():
-            raise UserError(f"{source.label} holds values that are not finite (NaN or infinity)")
-        a = x @ truth["components"].T                                                                           # [B, k]
-        x -= a @ truth["components"]
-        outside.add_(torch.from_numpy(x.sum(0)))
-        rho.append(np.linalg.norm(x, axis=1))
-        moments.add(torch.from_numpy(a))
-    _each_batch(source, process, batch, add)
-    rho = np.concatenate(share(np.concatenate(rho)))                                                            # [N]
+    def work():
+        for _, images in batches(source, batch, process):
+            x = images.transpose(0, 3, 1, 2).reshape(len(images), -1).astype(np.float64) - truth["mean"]        # [B, D]
+            if not np.isfinite(x).all():
+                raise UserError(f"{source.label} holds values that are not finite (NaN or infinity)")
+            a = x @ truth["components"].T                                                             # [B, k]
+            x -= a @ truth["components"]
+            outside.add_(torch.from_numpy(x.sum(0)))
+            rho.append(np.linalg.norm(x, axis=1))
+            moments.add(torch.from_numpy(a))
+    together(work)
+    distance = np.concatenate(gather(np.concatenate(rho)))                                               # [N]
     count, mean, covariance = moments.total()
     shift = (all_sum(outside) / count).square().sum().item()
-    fd_outside = shift + ((rho ** 2).sum() - count * shift) / (count - 1)
+    fd_outside = shift + ((distance ** 2).sum() - count * shift) / (count - 1)
     fd_inside = frechet_distance(mean, covariance, np.zeros_like(mean), np.diag(true))
-    error = max((rho ** 2).mean() / len(truth["mean"]), 1e-12)                              # at most 126 dB
-    return {"value": fd_inside + fd_outside, "fd_inside": fd_inside, "fd_outside": fd_outside, "rho_mean": rho.mean(),
-            "rho_percentiles": {str(q): np.percentile(rho, q) for q in (5, 25, 50, 75, 95)},
-            "psnr": 10 * np.log10(4 / error), "variance_kept": np.trace(covariance) / true.sum()}
+    error = max((distance ** 2).mean() / len(truth["mean"]), 1e-12)                           # at most 126 dB
+    return {"value": fd_inside + fd_outside, "fd_inside": fd_inside, "fd_outside": fd_outside,
+            "rho_mean": distance.mean(), "psnr": 10 * np.log10(4 / error),
+            "rho_percentiles": {str(q): np.percentile(distance, q) for q in (5, 25, 50, 75, 95)},
+            "variance_kept": np.trace(covariance) / true.sum()}
 
 
-# --------------------------------------------------------------------------------------------------- the command line
+# ------------------------------------------------------------------- what is kept and told, memorize.py's too
+
+def hash_of(facts):
+    """16 hexadecimal digits of a list of strings and None."""
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+
+
+def cached(source, name, facts, compute):
+    """-> compute(), a dict of arrays of a Source, from a file beside the source if it is there; whether it
+    was.
+
+    The file's name changes with all that the arrays depend on: the images, name and facts (a list of
+    strings)."""
+    cache = source.path.with_name(f"{source.label}.{name}-{hash_of([source.key(), name, *facts])}.npz")
+
+    def load():
+        with reading(f"{cache}, which can be deleted"), np.load(cache, allow_pickle=False) as file:
+            return dict(file)
+    if all(gather(cache.exists())):
+        return together(load), True
+    arrays = compute()
+    if is_first_process():
+        try:
+            with atomic_write(cache) as partial, open(partial, "wb") as file:
+                np.savez(file, **arrays)
+        except UserError as error:                      # a folder that is not ours: slower next time, no more
+            print(f"warning: what was computed of {source.label} is not kept: {error}", file=sys.stderr)
+    return arrays, False
+
+
+def fact(protocol, *keys):
+    """protocol[key][key]..., or None: a foreign file's protocol may hold anything, or nothing."""
+    for key in keys:
+        protocol = protocol.get(key) if isinstance(protocol, dict) else None
+    return protocol
+
+
+def told(protocol):
+    """How samples were made, by their protocol: a list of short texts, without what it does not say."""
+    facts = {"method": ("config", "training", "method"), "training step": ("step",),
+             "trained on": ("config", "data", "name"), "p": ("config", "data", "p"),
+             "sigma": ("config", "data", "sigma"), "EMA": ("ema",), "sampler": ("sampler",),
+             "steps": ("steps",), "variance": ("variance",), "attack": ("attack", "name"),
+             "steps attacked": ("attack", "steps_attacked")}
+    return [f"{name} {value}" for name, keys in facts.items() if (value := fact(protocol, *keys)) is not None]
+
+
+def publish(result, path, line):
+    """Writes a result, which holds its warnings, as JSON and prints it as one line; what else is to say, to
+    stderr."""
+    write_json(path, result)
+    for warning in result["warnings"]:
+        print(f"warning: {warning}", file=sys.stderr)
+    print(line)
+    print(f"wrote {path}", file=sys.stderr)
+
+
+# ------------------------------------------------------------------------------------------- the command line
 
 def load_inception(path, data_dir, device):
-    """-> Inception, sha256 of its weights; path None: the published ones, downloaded by one process per machine."""
+    """-> Inception, sha256 of its weights; path None: the published ones, downloaded by one process per
+    machine."""
     target = Path(path or Path(data_dir) / "pt_inception-2015-12-05-6726825d.pth")
 
     def fetch():
         if path is None and os.environ.get("LOCAL_RANK", "0") == "0":
             download(path=target, **WEIGHTS)
+
+    def load():
+        if not target.is_file():
+            raise UserError(f"--weights {target}: no such file")
+        try:
+            state = torch.load(target, map_location="cpu", weights_only=True)
+        except Exception as error:                       # torch.load raises almost anything on a damaged file
+            raise UserError(f"{target}: not a whole PyTorch weights file ({str(error)[:100]!r})") from error
+        return Inception(state, device, target), sha256_of(target)
     together(fetch)
-    if not target.is_file():
-        raise UserError(f"--weights {target}: no such file")
-    try:
-        state = torch.load(target, map_location="cpu", weights_only=True)
-    except Exception as error:                              # torch.load raises almost anything on a damaged file
-        raise UserError(f"{target}: not a whole PyTorch weights file ({str(error)[:100]!r})") from error
-    return Inception(state, device, target), sha256_of(target)
+    return together(load)
 
 
 def reference_statistics(reference, extract, features, weights, process, batch):
-    """The Statistics of a Source, from its cache if there; the cache's name changes with all that it depends on."""
+    """The Statistics of a Source, which are kept beside it."""
     if isinstance(reference, Statistics):
         return reference
-    facts = [reference.key(), features, weights, sha256_of(__file__)]
-    key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
-    cache = reference.path.with_name(f"{reference.label}.{features}-{key}.npz")
-    if all(share(cache.exists())):
-        return open_source(cache)._replace(label=reference.label)
-    statistics, *_ = measure(reference, extract, features, process, batch)
-    if process.rank == 0:
-        try:
-            with atomic_write(cache) as partial, open(partial, "wb") as file:
-                np.savez(file, mu=statistics.mean, sigma=statistics.covariance, n=statistics.count)
-        except UserError as error:                          # a folder that is not ours: slower next time, no more
-            print(f"warning: the statistics of {reference.label} are not kept: {error}", file=sys.stderr)
-    return statistics
+
+    def compute():
+        statistics, *_ = measure(reference, extract, features, process, batch)
+        return dict(mu=statistics.mean, sigma=statistics.covariance, n=statistics.count)
+    arrays, _ = cached(reference, features, [weights, sha256_of(__file__)], compute)
+    return Statistics(reference.label, reference.path, int(arrays["n"]), arrays["mu"], arrays["sigma"])
 
 
 def arguments(argv):
     """The command line, parsed."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("samples", metavar="SAMPLES", nargs="+",
                         help="the images to judge: file, folder or name, see above; several are judged one by one")
     parser.add_argument("--ref", required=True, help="the images to compare with, or their statistics: the same choice")
@@ -585,47 +670,50 @@ def arguments(argv):
     parser.add_argument("--splits", type=int, default=10, help="splits of the Inception Score (default 10)")
     parser.add_argument("--size", type=int, help="of a data set given by name (default: as SAMPLES, or the paper's)")
     parser.add_argument("--data-dir", default="data", help="folder of prepared data sets and weights (default data)")
-    parser.add_argument("--out", type=Path, help="the result as JSON (default: beside SAMPLES as SAMPLES.fid.json, "
-                        ".fd-inception.json, .fd-pixels.json or .fd-exact.json)")
+    parser.add_argument("--out", type=Path, help="the result as JSON (default: beside SAMPLES as "
+                        "SAMPLES.fid.json, .fd-inception.json, .fd-pixels.json or .fd-exact.json)")
     args = parser.parse_args(argv)
     if args.out and len(args.samples) > 1:
         raise UserError(f"--out {args.out}: is the result of one SAMPLES; {len(args.samples)} are given, leave it out")
-    if args.batch < 1 or args.splits < 1:
-        raise UserError(f"--batch {args.batch} --splits {args.splits}: both must be at least 1")
+    check_ranges(args, batch=(1, math.inf), splits=(1, math.inf), size=(1, math.inf))
     return args
 
 
-def check(samples, reference, features, args):
-    """Refuses what can be refused before any work, as UserError; -> warnings."""
-    warnings = []
+def open_pair(path, args):
+    """-> the SAMPLES at path, args.ref, what they are compared on, warnings; UserError, before any work,
+    where that cannot be."""
+    samples = open_source(path, args.size, args.data_dir)
+    size = args.size or (samples.size[0] if isinstance(samples, Source) else None)
+    reference = open_source(args.ref, size, args.data_dir)
+    features, warnings = args.features or "inception", []
+    if isinstance(reference, Source) and reference.truth:
+        if args.features:
+            raise UserError(f"--features {args.features}: not with {reference.label}, a known Gaussian (FD-exact)")
+        features = "exact"
+    sources = [source for source in (samples, reference) if isinstance(source, Source)]
     for source in (samples, reference):
         if source.count is not None and source.count < 2:
             raise UserError(f"{source.label} holds {source.count} image: a covariance takes at least 2")
-        if isinstance(source, Source) and features != "exact":
-            head = next(source.read(0, min(source.count, 64), 64))
-            if to_bytes(head, source.label).min() >= 128 and head.dtype != np.uint8:
-                raise UserError(f"{source.label} holds float images, none negative: [-1, 1], or uint8, is expected")
-            if features == "pixels" and (source.size[0] % 8 or source.size[1] % 8):
-                raise UserError(f"--features pixels: {source.size}, of {source.label}, are not multiples of 8")
-            warnings += [f"{source.label}: {source.count:,} images are fewer than {limit:,}, {effect}" for limit, effect
-                         in ((DIMENSIONS[features], "the covariance of their features is singular"),
-                             (10_000, "the distance comes out too large")) if source.count < limit]
-        elif isinstance(source, Statistics) and len(source.mean) != DIMENSIONS.get(features):
-            raise UserError(f"{source.label} holds statistics of {len(source.mean)} features, which do not go with "
-                            f"{'the exact distance' if features == 'exact' else '--features ' + features}")
-    if isinstance(samples, Source) and isinstance(reference, Source) and samples.size != reference.size:
-        raise UserError(f"{samples.label} holds images of {samples.size}, {reference.label} of {reference.size} "
-                        "(height, width): choose another --ref or --size")
-    if features == "exact" and samples.dtype.kind != "f":
-        raise UserError(f"{samples.label} holds {samples.dtype}: floats in the units of {reference.label} are expected")
+        if isinstance(source, Statistics) and len(source.mean) != DIMENSIONS.get(features):
+            raise UserError(f"{source.label} holds statistics of {len(source.mean)} features, which do not "
+                            f"go with {'the exact distance' if features == 'exact' else '--features ' + features}")
+    if len(sources) == 2:
+        check_pair(samples, reference)
+    elif sources:
+        check_range(*sources)
     if features == "inception" and isinstance(samples, Source) and samples.count < args.splits:
         raise UserError(f"--splits {args.splits}: {samples.label} has only {samples.count} images")
-    return warnings
+    for source in sources if features in DIMENSIONS else ():
+        if features == "pixels" and (source.size[0] % 8 or source.size[1] % 8):
+            raise UserError(f"--features pixels: {source.size}, of {source.label}, are not multiples of 8")
+        warnings += [f"{source.label}: {source.count:,} images are fewer than {limit:,}, {effect}" for limit, effect
+                     in ((DIMENSIONS[features], "the covariance of their features is singular"),
+                         (10_000, "the distance comes out too large")) if source.count < limit]
+    return samples, reference, features, warnings
 
 
 def describe(result):
     """The result and its whole protocol as one line."""
-    made = result["protocol"]
     text = [f"{result['metric']} {result['value']:.6g}"]
     if "is_mean" in result:
         text.append(f"IS {result['is_mean']:.5g} \u00b1 {result['is_std']:.2g} ({result['splits']} splits)")
@@ -635,12 +723,9 @@ def describe(result):
                  f"variance kept {result['variance_kept']:.4g}"]
     if "noise_mean" in result:
         text.append(f"noise estimate {result['noise_mean']:.4g}")
-    text.append(f"N {result['n'] or '?'} of {result['samples']}")
-    text += [f"{name} {made[key]}" for key, name in
-             (("method", "method"), ("step", "training step"), ("data", "trained on"), ("p", "p"), ("sigma", "sigma"),
-              ("ema", "EMA"), ("sampler", "sampler"), ("steps", "steps"), ("variance", "variance")) if key in made]
-    text.append(f"reference {result['reference']} N {result['n_reference'] or '?'}")
-    text += [f"{key} {result[key]}" for key in ("resize", "weights") if result.get(key)]
+    text += [f"N {result['n'] or '?'} of {result['samples']}", *told(result["protocol"]),
+             f"reference {result['reference']} N {result['n_reference'] or '?'}"]
+    text += [f"{key} {result[key]}" for key in ("resize", "weights") if result[key]]
     return " | ".join(text)
 
 
@@ -649,15 +734,7 @@ def evaluate(path, args, process, inception):
 
     inception() -> what `load_inception` gives.
     """
-    samples = open_source(path, args.size, args.data_dir)
-    size = args.size or (samples.size[0] if isinstance(samples, Source) else None)
-    reference = open_source(args.ref, size, args.data_dir)
-    features = args.features or "inception"
-    if isinstance(reference, Source) and reference.truth:
-        if args.features:
-            raise UserError(f"--features {args.features}: not with {reference.label}, a known Gaussian (FD-exact)")
-        features = "exact"
-    warnings = check(samples, reference, features, args)
+    samples, reference, features, warnings = together(lambda: open_pair(path, args))
     result = dict(metric=f"FD-{features}", samples=samples.label, n=samples.count, reference=reference.label,
                   n_reference=reference.count, resize=RESIZE.get(features), weights=None,
                   protocol=getattr(samples, "protocol", {}), warnings=warnings, processes=process.world,
@@ -676,46 +753,40 @@ def evaluate(path, args, process, inception):
                 result["metric"] = "FID"
             else:
                 result["weights"] += " (not the published ones: not to be called FID)"
-        target = reference_statistics(reference, extract, features, weights, process, args.batch)
+        target, found = reference_statistics(reference, extract, features, weights, process, args.batch), samples
         began = time.perf_counter()
         if isinstance(samples, Source):
             splits = args.splits if features == "inception" else 0
-            samples, score, result["noise_mean"] = measure(samples, extract, features, process, args.batch, splits)
+            found, score, result["noise_mean"] = measure(samples, extract, features, process, args.batch, splits)
             if score:
                 result.update(is_mean=score[0], is_std=score[1], splits=splits)
         if process.rank == 0:
-            result["value"] = frechet_distance(samples.mean, samples.covariance, target.mean, target.covariance)
+            result["value"] = frechet_distance(found.mean, found.covariance, target.mean, target.covariance)
     if result["n"]:
         result["images_per_second"] = result["n"] / (time.perf_counter() - began)
     if process.rank == 0:
         out = args.out or samples.path.with_name(f"{samples.label}.{result['metric'].lower()}.json")
-        with atomic_write(out) as partial:
-            partial.write_text(json.dumps(result, indent=1) + "\n")
-        for warning in warnings:
-            print(f"warning: {warning}", file=sys.stderr)
-        print(describe(result))
-        print(f"wrote {out}; {result.get('images_per_second', 0):.4g} images/s", file=sys.stderr)
+        publish(result, out, describe(result))
 
 
 def main(argv=None):
     """Judges all args.samples; the network is loaded once."""
     args = arguments(argv)
-    process = start_processes()
+    process = start_processes(tf32=False)
     inception = functools.cache(lambda: load_inception(args.weights, args.data_dir, process.device))
     failed = 0
     for path in args.samples:
         try:
             evaluate(path, args, process, inception)
         except UserError as error:
-            # Of several, the others are still judged; other processes may be waiting for this one, which must then end.
+            # Of several, the others are still judged. With several processes one may be waiting for this one:
+            # end.
             if len(args.samples) == 1 or process.world > 1:
                 raise
             print(f"fid.py: error: {error}", file=sys.stderr)
             failed += 1
     if failed:
         raise UserError(f"{failed} of the {len(args.samples)} SAMPLES could not be judged, see above")
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -1,24 +1,23 @@
 """Does a model repeat its training images? Section 3.2 and Fig. 6 (left).
 
-    python memorize.py samples.npz --data cifar10                       # DINOv2 ViT-B/14, fetched once (346 MB)
+    python memorize.py samples.npz --data cifar10                     # DINOv2 ViT-B/14, fetched once (346 MB)
     python memorize.py samples.npz --data cifar10 --weights dinov2_vitb14_pretrain.pth --hub-dir dinov2   # no network
     python memorize.py samples.npz --data cifar10 --features pixels     # not DINOv2: finds copies, needs no weights
-    python memorize.py cifar10-test --data cifar10                      # what images give that no model has made
+    python memorize.py cifar10-test --data cifar10                   # what images give that no model has made
 
-The similarity of an image is the cosine between its features and those of its nearest training image, of all of them.
-The yardstick is the same for the training images, each with the nearest OTHER one. The paper reads 0.9 and above as the
-same image. The training images are the clean ones, whatever the model was trained on. DINOv2 wants a GPU: one
-CPU core takes about two seconds an image (dinov2_vits14: half a second). The training set's features are kept.
+The similarity of an image is the cosine between its features and those of its nearest training image, of all
+of them. The yardstick is the same for the training images, each with the nearest OTHER one. The paper reads
+0.9 and above as the same image. The training images are the clean ones, whatever the model was trained on.
+DINOv2 wants a GPU: one CPU core takes about two seconds an image (dinov2_vits14: half a second). The training
+set's features are kept.
 
-DINOv2's code comes from github.com/facebookresearch/dinov2, at one fixed revision, and is RUN here; --hub-dir runs a
-copy of yours instead. Its weights are checked by their sha256. Writes the result as JSON, and a PNG of the closest
-pairs: each generated image with its nearest training image to its right.
+DINOv2's code comes from github.com/facebookresearch/dinov2, at one fixed revision, and is RUN here; --hub-dir
+runs a copy of yours instead. Its weights are checked by their sha256. Writes the result as JSON, and a PNG of
+the closest pairs: each generated image with its nearest training image to its right.
 """
 
-import argparse
 import contextlib
-import hashlib
-import json
+import math
 import os
 import sys
 import time
@@ -29,9 +28,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-import fid
-from data import Images, Progress, UserError, as_bytes, atomic_write, command_line, download, save_grid, sha256_of
-from unet import start_processes
+from common import (Progress, UserError, as_bytes, check_ranges, command_line, download, parser_of, save_grid, sha256_of,
+                    start_processes)
+from data import Images
+from fid import Source, batches, cached, check_pair, fact, hash_of, open_source, prepared_source, publish, to_bytes, told
 
 REPOSITORY, REVISION = "facebookresearch/dinov2", "e1277af2ba9496fbadf7aec6eba56e8d882d1e35"
 WEIGHTS = {
@@ -45,21 +45,23 @@ PAIRS = 32                              # closest pairs in the picture
 MAX_BYTES = 16_000_000_000              # of the features of both sets, which stay in memory
 
 
-# ------------------------------------------------------------------------------------------------------- the features
+# ----------------------------------------------------------------------------------------------- the features
 
 def dino_input(images, device="cpu"):
     """uint8 [B, H, W, 3] -> float32 [B, 3, 224, 224]: antialiased bicubic, ImageNet's mean and deviation."""
     x = torch.as_tensor(images).to(device).permute(0, 3, 1, 2).float()
-    x = F.interpolate(x, (224, 224), mode="bicubic", antialias=True).clamp(0, 255) / 255     # bicubic overshoots
+    x = F.interpolate(x, (224, 224), mode="bicubic", antialias=True).clamp(0, 255) / 255  # bicubic overshoots
     mean, deviation = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]], device=device)[..., None, None]
     return (x - mean) / deviation
 
 
 def load_dino(name, weights, hub_dir, data_dir, device):
-    """-> extract(images [B, H, W, 3], label) -> CLS tokens, float32 [B, D]; and what identifies the code that runs.
+    """-> extract(images [B, H, W, 3], label) -> CLS tokens, float32 [B, D]; and what identifies the code that
+    runs.
 
-    name: a key of WEIGHTS. weights, hub_dir: the weights file and the repository's folder, or None to fetch them.
-    Raises UserError: neither there nor to be had, or not the published weights, or code that does not take them.
+    name: a key of WEIGHTS. weights, hub_dir: the weights file and the repository's folder, or None to fetch
+    them. Raises UserError: neither there nor to be had, or not the published weights, or code that does not
+    take them.
     """
     url = f"https://dl.fbaipublicfiles.com/dinov2/{name}/{name}_pretrain.pth"
     clone = f"a clone of https://github.com/{REPOSITORY}"
@@ -75,61 +77,57 @@ def load_dino(name, weights, hub_dir, data_dir, device):
             weights = download(urls=[url], path=Path(data_dir) / f"{name}_pretrain.pth", **WEIGHTS[name])
         except UserError as error:
             raise UserError(f"{error}. {by_hand}") from error
-    os.environ["XFORMERS_DISABLED"] = "1"                   # the same arithmetic whether or not xformers is installed
+    os.environ["XFORMERS_DISABLED"] = "1"           # the same arithmetic whether or not xformers is installed
     where = Path(hub_dir).resolve() if hub_dir else f"{REPOSITORY}:{REVISION}"
     try:
         with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings():
             warnings.simplefilter("ignore")                 # it warns that there is no xformers
-            # torch.hub's own validation knows heads of branches only; a full hash names one content, whoever serves it.
+            # torch.hub's own validation knows heads of branches only; a full hash names one content, whoever
+            # serves it.
             model = torch.hub.load(str(where), name, source="local" if hub_dir else "github", trust_repo=True,
                                    skip_validation=True, verbose=False, pretrained=False)
         model.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True), strict=True)
-    except Exception as error:                              # foreign code, a network, a cache folder: anything
+    except Exception as error:                             # foreign code, a network, a cache folder: anything
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{where}: no {name} that takes the published weights ({type(error).__name__}: {reason}). "
-                        f"{by_hand}") from error
+        raise UserError(f"{where}: no {name} that takes the published weights ({type(error).__name__}: "
+                        f"{reason}). {by_hand}") from error
     model, code = model.eval().float().to(device), where
     if hub_dir:                                             # the copy may not be what its folder's name says
-        code = f"local copy, sha256 {_hash([sha256_of(path) for path in sorted(where.rglob('*.py'))])}"
-    return lambda images, label: model(dino_input(np.array(fid.to_bytes(images, label)), device)), code
-
-
-def _hash(facts):
-    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+        code = f"local copy, sha256 {hash_of([sha256_of(path) for path in sorted(where.rglob('*.py'))])}"
+    return lambda images, label: model(dino_input(np.array(to_bytes(images, label)), device)), code
 
 
 def centred_pixels(reference, batch):
-    """-> extract(images [B, H, W, 3], label) -> float32 [B, D]: their pixels minus the mean training image."""
+    """-> extract(images [B, H, W, 3], label) -> float32 [B, D]: their pixels minus the mean training
+    image."""
     mean = sum(x.sum(0, dtype=np.float64) for x in reference.read(0, reference.count, batch)) / reference.count
-    convert = (lambda images, label: images) if reference.truth else fid.to_bytes       # subspace: in its own units
+    convert = (lambda images, label: images) if reference.truth else to_bytes     # subspace: in its own units
     return lambda images, label: torch.from_numpy((convert(images, label) - mean).astype(np.float32)).flatten(1)
 
 
 @torch.inference_mode()
-def features_of(source, extract, batch):
-    """The features of all images of a fid.Source, float32 [N, D], each of length 1. Raises UserError if not finite."""
-    progress, features, done = Progress(source.count, "images", f"features of {source.label}"), None, 0
-    for images in source.read(0, source.count, batch):
+def features_of(source, extract, batch, process):
+    """The features of all images of a Source, float32 [N, D], each of length 1. Raises UserError if not
+    finite."""
+    features = None
+    for first, images in batches(source, batch, process):
         x = extract(images, source.label)
         if not x.isfinite().all():
             raise UserError(f"{source.label}: images or features hold values that are not finite (NaN or infinity)")
         if features is None:
             features = torch.empty(source.count, x.shape[1])
-        features[done:done + len(x)] = F.normalize(x, dim=1)
-        done += len(x)
-        progress.update(done)
-    progress.close()
+        features[first:first + len(x)] = F.normalize(x, dim=1)
     return features
 
 
-# ---------------------------------------------------------------------------------------------------- the similarities
+# ------------------------------------------------------------------------------------------- the similarities
 
 @torch.inference_mode()
 def nearest(queries, references, device="cpu", itself=False, block=BLOCK):
     """The largest cosine to any row of references, and that row: float32 [N] in [-1, 1], int64 [N].
 
-    queries [N, D], references [M, D]: rows of length 1; all pairs are compared, block x block at a time. itself: the
-    two are the same set, and a row is not its own neighbour.
+    queries [N, D], references [M, D]: rows of length 1; all pairs are compared, block x block at a time.
+    itself: the two are the same set, and a row is not its own neighbour.
     """
     similarity, index = torch.empty(len(queries)), torch.empty(len(queries), dtype=torch.int64)
     progress = Progress(len(queries), "images", "nearest other training image" if itself else "nearest training image")
@@ -150,54 +148,55 @@ def nearest(queries, references, device="cpu", itself=False, block=BLOCK):
 
 
 def summary(similarity):
-    """Similarities [N] -> their mean, 75th, 90th and 95th percentile, and the share of them that is at least SAME."""
+    """Similarities [N] -> their mean, 75th, 90th and 95th percentile, and the share of them that is at least
+    SAME."""
     s = np.asarray(similarity, dtype=np.float64)
     percentiles = {f"p{q}": float(np.percentile(s, q)) for q in (75, 90, 95)}
     return {"mean": float(s.mean()), **percentiles, "share": float((s >= SAME).mean())}
 
 
-def training_set(reference, extract, facts, device, batch):
-    """-> features of the training images [M, D], their similarities to the nearest other one [M], whether from a cache.
+def training_set(reference, extract, name, facts, batch, process):
+    """-> features of the training images [M, D], their similarities to the nearest other one [M], whether
+    from a file.
 
-    facts: name of the features, and all else that they depend on beside the images. Pixels are not worth keeping.
+    name: of the features; facts: all else that they depend on beside the images. Pixels are not worth
+    keeping.
     """
-    cache = reference.path.with_name(
-        f"{reference.label}.memorize-{facts[0]}-{_hash([reference.key(), *facts, sha256_of(__file__)])}.npz")
-    if cache.exists():
-        with fid._reading(f"{cache}, which can be deleted"), np.load(cache, allow_pickle=False) as file:
-            similarity, features = (torch.from_numpy(file[name]) for name in ("similarity", "features"))
-        return features if len(features) else features_of(reference, extract, batch), similarity, True
-    features = features_of(reference, extract, batch)
-    similarity, _ = nearest(features, features, device, itself=True)
-    try:
-        with atomic_write(cache) as partial, open(partial, "wb") as file:
-            np.savez(file, similarity=similarity, features=features[:0 if facts[0] == "pixels" else None])
-    except UserError as error:                              # a folder that is not ours: slower next time, no more
-        print(f"warning: the features of {reference.label} are not kept: {error}", file=sys.stderr)
-    return features, similarity, False
+    features = None
+
+    def compute():
+        nonlocal features
+        features = features_of(reference, extract, batch, process)
+        similarity, _ = nearest(features, features, process.device, itself=True)
+        return dict(similarity=similarity.numpy(), features=features[:0 if name == "pixels" else None].numpy())
+    arrays, found = cached(reference, f"memorize-{name}", [*facts, sha256_of(__file__)], compute)
+    if found and len(arrays["features"]):
+        features = torch.from_numpy(arrays["features"])
+    elif found:
+        features = features_of(reference, extract, batch, process)
+    return features, torch.from_numpy(arrays["similarity"]), found
 
 
-# --------------------------------------------------------------------------------------------------- the command line
+# ------------------------------------------------------------------------------------------- the command line
 
 def arguments(argv):
     """The command line, parsed."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("samples", metavar="SAMPLES", help="generated images: .npz of sample.py, .npy, folder or zip "
-                        "of images, or the name of a prepared data set")
+    parser = parser_of(__doc__)
+    parser.add_argument("samples", metavar="SAMPLES", help="generated images: .npz of sample.py, .npy, "
+                        "folder, zip or tar of images, or the name of a prepared data set")
     parser.add_argument("--data", required=True, help="the training images: a data set prepared by data.py")
     parser.add_argument("--features", choices=[*WEIGHTS, "pixels"], default="dinov2_vitb14",
                         help="what is compared (default dinov2_vitb14; pixels is not DINOv2)")
     parser.add_argument("--weights", help="file with DINOv2's weights, NAME_pretrain.pth (default: downloaded once)")
-    parser.add_argument("--hub-dir", help=f"folder with a copy of github.com/{REPOSITORY}, whose code is then run "
-                        f"(default: torch.hub fetches and RUNS revision {REVISION[:12]})")
+    parser.add_argument("--hub-dir", help=f"folder with a copy of github.com/{REPOSITORY}, whose code is "
+                        f"then run (default: torch.hub fetches and RUNS revision {REVISION[:12]})")
     parser.add_argument("--size", type=int, help="of data sets given by name (default: as SAMPLES, or the paper's)")
     parser.add_argument("--data-dir", default="data", help="folder of prepared data sets and weights (default data)")
     parser.add_argument("--batch", type=int, default=64, help="images at a time (default 64)")
-    parser.add_argument("--out", type=Path, help="the result as JSON, the picture beside it as .png (default: beside "
-                        "SAMPLES as SAMPLES.memorize.json)")
+    parser.add_argument("--out", type=Path, help="the result as JSON, the picture beside it as .png "
+                        "(default: beside SAMPLES as SAMPLES.memorize.json)")
     args = parser.parse_args(argv)
-    if args.batch < 1:
-        raise UserError(f"--batch {args.batch}: must be at least 1")
+    check_ranges(args, batch=(1, math.inf), size=(1, math.inf))
     if args.out and args.out.suffix != ".json":
         raise UserError(f"--out {args.out}: the name must end in .json")
     if args.features == "pixels" and (args.weights or args.hub_dir):
@@ -206,39 +205,27 @@ def arguments(argv):
 
 
 def open_both(args):
-    """-> samples and training images, each a fid.Source; refuses as UserError what can be refused before any work."""
-    samples = fid.open_source(args.samples, args.size, args.data_dir)
-    if not isinstance(samples, fid.Source):
+    """-> samples and training images, each a Source; refuses as UserError what can be refused before any
+    work."""
+    samples = open_source(args.samples, args.size, args.data_dir)
+    if not isinstance(samples, Source):
         raise UserError(f"{samples.label} holds statistics; images are expected")
-    images = Images(args.data, args.size or samples.size[0], args.data_dir)
-    reference = fid._prepared(images, Path(args.data_dir))
-    if samples.size != reference.size:
-        raise UserError(f"{samples.label} holds images of {samples.size}, {reference.label} of {reference.size} "
-                        "(height, width): choose another --data or --size")
+    reference = prepared_source(Images(args.data, args.size or samples.size[0], args.data_dir), args.data_dir)
+    check_pair(samples, reference)
     if reference.count < 2:
         raise UserError(f"{reference.label} holds {reference.count} image: the nearest other one takes at least 2")
-    if reference.truth:
-        if args.features != "pixels":
-            raise UserError(f"--features {args.features} is for images; the floats of {reference.label} take pixels")
-        if samples.dtype.kind != "f":
-            raise UserError(f"{samples.label} holds {samples.dtype}: floats in units of {reference.label} are expected")
-    else:
-        head = next(samples.read(0, min(samples.count, 64), 64))
-        if fid.to_bytes(head, samples.label).min() >= 128 and head.dtype != np.uint8:
-            raise UserError(f"{samples.label} holds float images, none negative: [-1, 1], or uint8, is expected")
-    needed = 4 * (samples.count + reference.count) * 3 * samples.size[0] * samples.size[1]
+    if reference.truth and args.features != "pixels":
+        raise UserError(f"--features {args.features} is for images; the floats of {reference.label} take pixels")
+    needed = 4 * (samples.count + reference.count) * 3 * math.prod(samples.size)
     if args.features == "pixels" and needed > MAX_BYTES:
-        raise UserError(f"--features pixels: {needed / 1e9:.0f} GB of them, more than the {MAX_BYTES / 1e9:.0f} kept "
-                        f"in memory; {' and '.join(WEIGHTS)} are smaller")
-    try:
-        json.dumps(samples.protocol, allow_nan=False)
-    except ValueError as error:
-        raise UserError(f"{samples.label}: its protocol holds a number that is not finite") from error
+        raise UserError(f"--features pixels: {needed / 1e9:.0f} GB of them, more than the {MAX_BYTES / 1e9:.0f} "
+                        f"kept in memory; {' and '.join(WEIGHTS)} are smaller")
     return samples, reference
 
 
 def closest_pairs(samples, reference, pairs):
-    """Pairs of indices -> uint8 [2 * pairs, H, W, 3]: generated, its nearest training image, the next generated, ..."""
+    """Pairs of indices -> uint8 [2 * pairs, H, W, 3]: generated, its nearest training image, the next
+    generated, ..."""
     images = [next(source.read(i, i + 1, 1))[0] for pair in pairs for source, i in zip((samples, reference), pair)]
     return np.stack([x if x.dtype == np.uint8 else as_bytes(x) for x in images])
 
@@ -248,19 +235,16 @@ def describe(result):
     text = [f"{result['metric']} on {result['features']}"]
     text += ["{}: share >= {} {share:.4g}, mean {mean:.4g}, 75/90/95 % {p75:.4g} {p90:.4g} {p95:.4g}".format(
         name, SAME, **result[name]) for name in ("generated", "train")]
-    text.append(f"N {result['n']} of {result['samples']}")
-    text += [f"{key} {result['protocol'][key]}" for key in ("method", "step", "data", "p", "sigma", "ema", "sampler",
-                                                            "steps", "variance") if key in result["protocol"]]
-    return " | ".join([*text, f"reference {result['reference']} N {result['n_train']}"])
+    return " | ".join([*text, f"N {result['n']} of {result['samples']}", *told(result["protocol"]),
+                       f"reference {result['reference']} N {result['n_train']}"])
 
 
 def main(argv=None):
     """Compares args.samples with the training images, prints one line, writes JSON and picture."""
     args = arguments(argv)
-    process, began = start_processes(join=False), time.perf_counter()
+    process, began = start_processes(join=False, tf32=False), time.perf_counter()
     if process.world > 1:
         raise UserError("memorize.py is one process: start it with python, not torchrun")
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     samples, reference = open_both(args)
     if args.features == "pixels":
         name, weights, code = "pixels (not DINOv2)", None, None
@@ -268,13 +252,14 @@ def main(argv=None):
     else:
         name, weights = args.features, WEIGHTS[args.features]["sha256"]
         extract, code = load_dino(name, args.weights, args.hub_dir, args.data_dir, process.device)
-    facts = [args.features, weights, code]
-    trained, yardstick, cached = training_set(reference, extract, facts, process.device, args.batch)
-    similarity, index = nearest(features_of(samples, extract, args.batch), trained, process.device)
+    trained, yardstick, found = training_set(reference, extract, args.features, [weights, code], args.batch, process)
+    similarity, index = nearest(features_of(samples, extract, args.batch, process), trained, process.device)
     closest = similarity.argsort(descending=True, stable=True)[:PAIRS].tolist()
     pairs = [(i, int(index[i])) for i in closest]
-    trained_on = samples.protocol.get("data", "?")          # ? is a public checkpoint's
-    remarks = [f"{samples.label}: the model was trained on {trained_on}"] if trained_on not in ("?", args.data) else []
+    trained_on = fact(samples.protocol, "config", "data", "name")
+    remarks = []
+    if trained_on not in (None, "?", args.data):            # ? is a public checkpoint's
+        remarks.append(f"{samples.label}: the model was trained on {trained_on}")
     result = dict(
         metric="memorisation", features=name, weights=weights, code=code, samples=samples.label, n=samples.count,
         reference=reference.label, n_train=reference.count, threshold=SAME,
@@ -282,15 +267,10 @@ def main(argv=None):
         histogram=dict(edges=EDGES.tolist(), generated=np.histogram(similarity, EDGES)[0].tolist(),
                        train=np.histogram(yardstick, EDGES)[0].tolist()),
         closest=[[i, j, float(similarity[i])] for i, j in pairs], protocol=samples.protocol, warnings=remarks,
-        device=process.device.type, train_from_cache=cached, seconds=time.perf_counter() - began)
+        device=process.device.type, train_from_cache=found, seconds=time.perf_counter() - began)
     out = args.out or samples.path.with_name(f"{samples.label}.memorize.json")
     save_grid(closest_pairs(samples, reference, pairs), out.with_suffix(".png"), columns=min(8, 2 * len(pairs)))
-    with atomic_write(out) as partial:
-        partial.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
-    for warning in remarks:
-        print(f"warning: {warning}", file=sys.stderr)
-    print(describe(result))
-    print(f"wrote {out} and {out.with_suffix('.png')}; {result['seconds']:.1f} s", file=sys.stderr)
+    publish(result, out, describe(result))
 
 
 if __name__ == "__main__":

@@ -1,45 +1,40 @@
 """Sampling: Eq. 4 (DDPM) and DDIM from a checkpoint, image by image reproducible, on any number of processes.
 
-    python sample.py runs/robust --n 64 --out samples.npz
-    python sample.py runs/robust --n 50000 --sampler ddim --steps 250 --out ddim.npz
-    torchrun --nproc_per_node 8 -- sample.py runs/robust --n 50000 --batch 500 --out samples.npz
-    python sample.py cifar10_uncond_50M_500K.pt --size 32 --schedule cosine --timesteps 4000 --steps 500 --out public.npz
+    python sample.py runs/shapes-adv --num-samples 64 --out samples.npz
+    python sample.py runs/cifar10-adv --num-samples 50000 --sampler ddim --steps 250 --out ddim.npz
+    torchrun --nproc_per_node 8 sample.py runs/cifar10-adv --num-samples 50000 --batch 500 --out samples.npz
+    python sample.py cifar10_uncond_50M_500K.pt --size 32 --schedule cosine --timesteps 4000 --steps 500
 
-Writes the images (uint8, N x H x W x 3, under `arr_0`; float32 in data units for `subspace` data), their protocol, and a
-grid of the first of them as a PNG. Image i depends on the seed and on i alone. A killed run goes on where it stopped.
-The `--` keeps torchrun from taking `--n` for one of its own flags.
+Writes the images (uint8, N x H x W x 3, under `arr_0`; float32 in data units for `subspace` data), the whole
+story of how they were made (JSON, under `protocol`), and a grid of the first of them as a PNG. Image i
+depends on the seed and on i alone. A killed run goes on where it stopped.
 """
 
-import argparse
 import json
 import shutil
 import time
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from data import Progress, UserError, as_bytes, atomic_write, command_line, noise_estimate, save_grid, sha256_of
-from unet import at, expand, in_bfloat16, load_model, start_processes
+from common import (POSITIVE, Progress, UserError, as_bytes, atomic_write, check_ranges, command_line,
+                    image_noise, noise_estimate, parser_of, save_grid, sha256_of, start_processes)
+from unet import at, expand, in_bfloat16, load_model
 
-NOISE_BLOCK = 8         # steps of noise drawn at a time for one image: fewer, larger draws
 
+# -------------------------------------------------------------------------------------------------- the steps
 
-# ---------------------------------------------------------------------------------------------------------- the steps
-
-def reverse_distribution(model, schedule, x_t, i, variance="large", clamp=(-1.0, 1.0)):
-    """p_theta(x_{t-1} | x_t): -> mean, log_variance, x0_hat, each like x_t or broadcasting against it.
-
-    x_t [B, C, H, W]; i [B] indices into the schedule, whose `timesteps` are what the network is told; variance `large`,
-    `small` or `learned` (the network's second half of channels); clamp: the range of x0_hat, or None.
-    """
-    eps_hat, v = split_output(model(x_t, schedule.timesteps[i]), x_t)
-    x0_hat = schedule.predicted_x0(x_t, i, eps_hat)
-    if clamp is not None:
-        x0_hat = x0_hat.clamp(*clamp)
-    mean = schedule.posterior_mean(x0_hat, x_t, i)          # Eq. 4's bracket, and equal to it where nothing is clamped
-    return mean, schedule.log_variance(variance, x_t, i, v), x0_hat
+class Reverse(NamedTuple):
+    """What one step of the reverse process gives: x_{t-1}; its mean; sigma(t), the deviation of DDPM's step;
+    x0_hat."""
+    x: torch.Tensor
+    mean: torch.Tensor
+    sigma: torch.Tensor
+    x0_hat: torch.Tensor
 
 
 def split_output(out, x_t):
@@ -49,134 +44,144 @@ def split_output(out, x_t):
     return out.chunk(2, dim=1)
 
 
-def ddpm_step(model, schedule, x_t, i, z, variance="large", clamp=(-1.0, 1.0)):
-    """x_{t-1} of Eq. 4; z [B, C, H, W] is its standard normal noise, left out at the last step (i = 0)."""
-    mean, log_variance, _ = reverse_distribution(model, schedule, x_t, i, variance, clamp)
-    return mean + expand((i > 0).float(), x_t) * torch.exp(0.5 * log_variance) * z       # Eq. 4
+def reverse_step(model, schedule, x_t, i, z=None, sampler="ddpm", variance="large", clamp=(-1.0, 1.0)):
+    """One step of the reverse process, by ONE evaluation of the network -> Reverse.
 
-
-def ddim_step(model, schedule, x_t, i, clamp=(-1.0, 1.0)):
-    """x_{t-1} of DDIM with eta = 0 (Song et al. 2021a); eps is derived again from the clamped x0_hat."""
-    _, _, x0_hat = reverse_distribution(model, schedule, x_t, i, clamp=clamp)
-    eps_hat = (x_t - at(schedule.sqrt_alpha_bar, i, x_t) * x0_hat) / at(schedule.sqrt_one_minus_alpha_bar, i, x_t)
-    return (at(schedule.sqrt_alpha_bar_prev, i, x_t) * x0_hat
-            + at(schedule.sqrt_one_minus_alpha_bar_prev, i, x_t) * eps_hat)
-
-
-def stream_seed(seed, index):
-    """A seed for the random stream of one image, or of one training step: within a seed, no two indices share one.
-
-    The CPU's Mersenne twister takes no more than 32 bits of seed; the factor keeps different seeds far apart in these.
+    x_t [B, C, H, W]; i [B] indices into the schedule; z [..., B, C, H, W]: Eq. 4's standard normal noise,
+    which the last step (i = 0) leaves out; without it x_{t-1} is the mean. sampler: `ddpm`, or `ddim` with
+    eta = 0 (Song et al. 2021a), which has no noise. variance: `large`, `small` or `learned`. clamp: the range
+    of x0_hat, or None.
     """
-    return (seed * 0x9E3779B1 + index) % 2**32
-
-
-def generator(seed, index, device="cpu"):
-    """The random generator of `stream_seed(seed, index)`."""
-    return torch.Generator(device).manual_seed(stream_seed(seed, index))
-
-
-def image_noise(seed, indices, shape, device="cpu"):
-    """Yields x_T, then the z of one step after the other: each [B, *shape], row k a function of (seed, indices[k]) alone."""
-    generators = [generator(seed, index, device) for index in indices]
-    while True:
-        yield from torch.stack([torch.randn(NOISE_BLOCK, *shape, generator=g, device=device) for g in generators], dim=1)
+    eps_hat, v = split_output(model(x_t, schedule.t[i]), x_t)
+    x0_hat = schedule.predicted_x0(x_t, i, eps_hat)                                 # section A.2
+    if clamp is not None:
+        x0_hat = x0_hat.clamp(*clamp)
+    sigma = torch.exp(0.5 * schedule.log_variance(variance, x_t, i, v))             # Algorithm 3, line 2
+    if sampler == "ddim":
+        eps_hat = x_t - at(schedule.sqrt_alpha_bar, i, x_t) * x0_hat          # again, from the clamped x0_hat
+        eps_hat = eps_hat / at(schedule.sqrt_one_minus_alpha_bar, i, x_t)
+        mean = (at(schedule.sqrt_alpha_bar_prev, i, x_t) * x0_hat
+                + at(schedule.sqrt_one_minus_alpha_bar_prev, i, x_t) * eps_hat)
+        return Reverse(mean, mean, sigma, x0_hat)
+    mean = schedule.posterior_mean(x0_hat, x_t, i)     # Eq. 4's bracket, equal to it where nothing is clamped
+    if z is None:
+        return Reverse(mean, mean, sigma, x0_hat)
+    return Reverse(mean + expand((i > 0).float(), x_t) * sigma * z, mean, sigma, x0_hat)        # Eq. 4
 
 
 @torch.no_grad()
 def sample(model, schedule, noise, sampler="ddpm", variance="large", clamp=(-1.0, 1.0), attack=None):
-    """x_0 [B, C, H, W] from the whole reverse process; noise yields x_T and then one z per step, as `image_noise` does.
+    """x_0 [B, C, H, W] from the whole reverse process.
 
-    attack(x_t, step) -> x_t: called before every step with its index into the schedule, len(schedule) - 1 first.
+    noise yields x_T and then, for ddpm, the z of one step after the other, as `image_noise` does. attack(x_t,
+    step, z) -> x_t: called before every step with its index into the schedule, len(schedule) - 1 first, and
+    the noise that the step will take (None for ddim).
     """
     x_t = next(noise)
     for step in reversed(range(len(schedule))):
+        z = next(noise) if sampler == "ddpm" else None
         if attack is not None:
-            x_t = attack(x_t, step)
+            x_t = attack(x_t, step, z)
         i = torch.full((len(x_t),), step, device=x_t.device)
-        if sampler == "ddpm":
-            x_t = ddpm_step(model, schedule, x_t, i, next(noise), variance, clamp)
-        else:
-            x_t = ddim_step(model, schedule, x_t, i, clamp)
+        x_t = reverse_step(model, schedule, x_t, i, z, sampler, variance, clamp).x
     return x_t
 
 
-# --------------------------------------------------------------------------------------------------- the command line
+# -------------------------------------------------------------------------------- from a checkpoint to a file
 
 def add_arguments(parser):
     """The flags of every script that samples."""
-    parser.add_argument("run", help="train.py's --out folder, or a checkpoint file (ours or improved-diffusion's)")
-    parser.add_argument("--n", type=int, default=64, help="number of images (default 64; the paper's FID takes 50000)")
-    parser.add_argument("--sampler", choices=["ddpm", "ddim"], default="ddpm", help="Eq. 4, or DDIM with eta = 0")
-    parser.add_argument("--steps", type=int, help="sampling steps (default: all timesteps for ddpm, 250 for ddim)")
-    parser.add_argument("--variance", choices=["large", "small", "learned"],
-                        help="of Eq. 4's noise: beta, the posterior's, or the network's own (default: learned where "
-                             "the network has it, else large)")
-    parser.add_argument("--batch", type=int, default=128, help="images at a time, per process (default 128)")
-    parser.add_argument("--seed", type=int, default=0, help="image i is a function of this seed and i (default 0)")
-    parser.add_argument("--raw", action="store_true", help="the trained weights themselves instead of their EMA")
-    parser.add_argument("--amp", action="store_true", help="bfloat16 autocast in the network")
-    parser.add_argument("--out", type=Path, default=Path("samples.npz"), help="the .npz to write (default samples.npz)")
-    public = parser.add_argument_group("a public state dict does not say these; a checkpoint of train.py does")
+    add = parser.add_argument
+    add("run", help="train.py's --out folder, or a checkpoint file (ours or improved-diffusion's)")
+    add("--num-samples", type=int, default=64, help="number of images (default 64; the paper's FID: 50000)")
+    add("--sampler", choices=["ddpm", "ddim"], default="ddpm", help="Eq. 4, or DDIM with eta = 0")
+    add("--steps", type=int, help="sampling steps (default: all timesteps for ddpm, 250 for ddim)")
+    add("--variance", choices=["large", "small", "learned"], help="of Eq. 4's noise: beta, the posterior's, "
+        "or the network's own (default: learned where the network has it, else large)")
+    add("--batch", type=int, default=128, help="images at a time, per process (default 128)")
+    add("--seed", type=int, default=0, help="image i is a function of this seed and i (default 0)")
+    add("--raw", action="store_true", help="the trained weights themselves instead of their EMA")
+    add("--amp", action="store_true", help="bfloat16 autocast in the network")
+    add("--out", type=Path, default=Path("samples.npz"), help="the .npz to write (default samples.npz)")
+    public = parser.add_argument_group("what a public state dict does not say, and a checkpoint of ours does")
     public.add_argument("--size", type=int, help="image size")
     public.add_argument("--heads", type=int, default=4, help="attention heads (default 4)")
     public.add_argument("--schedule", choices=["linear", "cosine"], default="linear", help="noise schedule")
     public.add_argument("--timesteps", type=int, default=1000, help="T (default 1000)")
 
 
-def generate(args, attacker=None, extra=None):
-    """Samples args.n images into args.out, in shards that are kept until the .npz is whole; the work of all processes.
+def open_job(args):
+    """The flags of `add_arguments`, checked, and the checkpoint that they name, as what `generate` takes.
 
-    args: the flags of `add_arguments`. attacker(model, schedule, indices, variance, clamp) -> what `sample` takes as its
-    attack, for the images of these indices; extra: what it adds to the protocol. UserError where a flag does not fit.
+    -> process; model, schedule (of the steps taken) and how (sampler, variance, clamp) on its device;
+    protocol, the whole story of the images as plain values. Raises UserError where a flag does not fit.
     """
-    if args.n < 1 or args.batch < 1:
-        raise UserError(f"--n {args.n} --batch {args.batch}: both must be at least 1")
+    check_ranges(args, num_samples=(1, 10**9), batch=(1, 10**6), size=POSITIVE, heads=POSITIVE)
     if args.out.suffix != ".npz":
         raise UserError(f"--out {args.out}: the name must end in .npz")
     process = start_processes(join=False)                   # shards need no collective: nothing can time out
-    model, schedule, config = load_model(args.run, args.raw, args.size, args.heads, args.schedule, args.timesteps)
+    model, schedule, config, step = load_model(args.run, args.raw, args.size, args.heads, args.schedule,
+                                               args.timesteps)
     steps = args.steps or (len(schedule) if args.sampler == "ddpm" else min(250, len(schedule)))
     schedule = schedule.respaced(steps)
-    learned = config["network"]["learn_sigma"]
+    learned, data = config["network"]["learn_sigma"], config["data"]
     variance = args.variance or ("learned" if learned else "large")
     if variance == "learned" and not learned:
-        raise UserError(f"--variance learned: the network of {args.run} does not predict its variance; large or small")
+        raise UserError(f"--variance learned: the network of {args.run} does not predict its variance; large "
+                        "or small")
     file = args.run if Path(args.run).is_file() else Path(args.run) / "checkpoint.pt"
-    data, size = config["data"], config["network"]["size"]
-    protocol = dict(checkpoint=str(file), sha256=sha256_of(file), step=config["step"], data=data["name"], size=size,
-                    p=data["p"], sigma=data["sigma"], method=config["training"].get("method", "?"), n=args.n,
-                    sampler=args.sampler, steps=steps, variance=variance if args.sampler == "ddpm" else None,
-                    ema=not args.raw, seed=args.seed, amp=args.amp, batch=args.batch, **config["process"], **(extra or {}))
-    shards = Shards(args.out, protocol, process.rank == 0)
-    if process.rank == 0:
-        print(f"{args.n} images of {data['name']} {size}x{size} from {file} (step {config['step']}, "
-              f"{'raw' if args.raw else 'EMA'} weights): {args.sampler}, {steps} steps, {process.world} process(es) on "
-              f"{process.device.type}", flush=True)
-    model, schedule, clamp = model.to(process.device), schedule.to(process.device), (data["low"], data["high"])
+    protocol = dict(checkpoint=str(file), sha256=sha256_of(file), step=step, config=config,
+                    num_samples=args.num_samples, sampler=args.sampler, steps=steps,
+                    variance=variance if args.sampler == "ddpm" else None, ema=not args.raw, seed=args.seed,
+                    batch=args.batch, amp=args.amp, device=process.device.type, tf32=process.tf32,
+                    stream="sample", torch=torch.__version__, attack=None)
+    model, schedule = model.to(process.device), schedule.to(process.device)
     if args.amp:
         model = in_bfloat16(model, process.device)
+    how = dict(sampler=args.sampler, variance=variance, clamp=(data["low"], data["high"]))
+    return SimpleNamespace(process=process, model=model, schedule=schedule, how=how,
+                           protocol=json.loads(json.dumps(protocol)))       # as it will be read: no tuples
+
+
+def generate(job, out, attack_on=None):
+    """Samples the images of a job into `out` on all processes, in shards that are kept until the .npz is whole.
+
+    attack_on(indices) -> what `sample` takes as its attack, for the images of these indices, with a method
+    measures() -> a dict. -> the measures of all shards, in the first process; [] in the others.
+    """
+    process, protocol, first = job.process, job.protocol, job.process.rank == 0
+    network, data = (protocol["config"][group] for group in ("network", "data"))
+    shape = network["in_channels"], network["size"], network["size"]
+    shards = Shards(out, protocol, first)
+    if first:
+        weights = "EMA" if protocol["ema"] else "raw weights"
+        print(f"{protocol['num_samples']} images of {data['name']} {shape[1]}x{shape[2]} from "
+              f"{protocol['checkpoint']} (step {protocol['step']}, {weights}), {protocol['sampler']}, "
+              f"{protocol['steps']} steps, {process.world} process(es) on {process.device.type}", flush=True)
     todo = [k for k in range(process.rank, len(shards), process.world) if not shards.path(k).exists()]
     progress = Progress(sum(len(shards.indices(k)) for k in todo), "images", "sampling")
     for k in todo:
         indices = shards.indices(k)
-        noise = image_noise(args.seed, indices, (config["network"]["in_channels"], size, size), process.device)
-        attack = attacker and attacker(model, schedule, indices, variance, clamp)
-        x_0 = sample(model, schedule, noise, args.sampler, variance, clamp, attack)
+        noise = image_noise(protocol["stream"], protocol["seed"], indices, shape, process.device)
+        attack = attack_on(indices) if attack_on else None
+        x_0 = sample(job.model, job.schedule, noise, **job.how, attack=attack)
         x_0 = x_0.permute(0, 2, 3, 1).cpu().numpy()         # [B, H, W, C]
-        shards.write(k, x_0 if data["float_data"] else as_bytes(x_0))
+        shards.write(k, x_0 if data["float_data"] else as_bytes(x_0), attack and attack.measures(x_0))
         progress.update(progress.done + len(x_0))
-    if process.rank == 0:
-        progress.close()
-        first = shards.join()
-        print(f"made {args.out} and {args.out.with_suffix('.png')}: {args.n} images, {progress.rate:.2f} images/s a process; "
-              f"noise estimate of the first {len(first)}: {noise_estimate(first).mean():.3f}")
+    if not first:
+        return []
+    progress.close()
+    some, measures = shards.join()
+    print(f"made {out} and {out.with_suffix('.png')}: {protocol['num_samples']} images, {progress.rate:.2f} "
+          f"images/s a process; noise estimate of the first {len(some)}: {noise_estimate(some).mean():.3f}")
+    return measures
 
 
 class Shards:
     """The images of one .npz while they are being made: shard k is a file with images k*batch ... of them.
 
-    The files live in OUT.shards beside OUT, with the protocol that they belong to; another protocol is refused.
+    The files live in OUT.shards beside OUT, with the protocol that they belong to; another protocol is
+    refused.
     """
 
     def __init__(self, out, protocol, first):
@@ -193,50 +198,61 @@ class Shards:
                 temporary.write_text(json.dumps(protocol))
 
     def __len__(self):
-        return -(-self.protocol["n"] // self.protocol["batch"])
+        return -(-self.protocol["num_samples"] // self.protocol["batch"])
 
     def indices(self, k):
         """The image indices of shard k."""
-        return range(k * self.protocol["batch"], min((k + 1) * self.protocol["batch"], self.protocol["n"]))
+        batch = self.protocol["batch"]
+        return range(k * batch, min((k + 1) * batch, self.protocol["num_samples"]))
 
     def path(self, k):
-        """The file of shard k."""
+        """The file of shard k; its measures, of an attack, lie beside it."""
         return self.folder / f"{k:06d}.npy"
 
-    def write(self, k, images):
-        """Keeps the finished images [B, H, W, C] of shard k."""
+    def write(self, k, images, measures=None):
+        """Keeps the finished images [B, H, W, C] of shard k, which is finished once they are there, and
+        measures."""
+        if measures:
+            with atomic_write(self.path(k).with_suffix(".json")) as temporary:
+                temporary.write_text(json.dumps(measures))
         with atomic_write(self.path(k)) as temporary, open(temporary, "wb") as file:
             np.save(file, images)
 
     def join(self):
-        """Waits for the shards of all processes, streams them into the .npz, draws the grid, removes the folder.
+        """Waits for the shards of all processes, streams them into the .npz, draws the grid, removes the
+        folder.
 
-        -> the images of the first shard, float [B, C, H, W] in [-1, 1] or data units.
+        -> the images of the first shard, float [B, C, H, W] in [-1, 1] or data units; the measures of all
+        shards.
         """
-        for k in range(len(self)):
-            while not self.path(k).exists():                # a process that dies takes this one with it: torchrun's work
+        paths = [self.path(k) for k in range(len(self))]
+        for path in paths:
+            while not path.exists():             # a process that dies takes this one with it: torchrun's work
                 time.sleep(0.2)
-        first = np.load(self.path(0), allow_pickle=False)
+        first = np.load(paths[0], allow_pickle=False)
         header = dict(descr=np.lib.format.dtype_to_descr(first.dtype), fortran_order=False,
-                      shape=(self.protocol["n"], *first.shape[1:]))
+                      shape=(self.protocol["num_samples"], *first.shape[1:]))
         with atomic_write(self.out) as temporary, zipfile.ZipFile(temporary, "w") as archive:
             with archive.open("arr_0.npy", "w", force_zip64=True) as member:
                 np.lib.format.write_array_header_1_0(member, header)
-                for k in range(len(self)):
-                    member.write(np.ascontiguousarray(np.load(self.path(k), allow_pickle=False)).tobytes())
+                for path in paths:
+                    member.write(np.ascontiguousarray(np.load(path, allow_pickle=False)).tobytes())
             with archive.open("protocol.npy", "w") as member:
                 np.lib.format.write_array(member, np.array(json.dumps(self.protocol)), allow_pickle=False)
-        save_grid(first[:64] if first.dtype == np.uint8 else as_bytes(first[:64]), self.out.with_suffix(".png"))
+        grid = first[:64] if first.dtype == np.uint8 else as_bytes(first[:64])
+        save_grid(grid, self.out.with_suffix(".png"))
+        notes = [path.with_suffix(".json") for path in paths]
+        measures = [json.loads(note.read_text()) for note in notes if note.exists()]
         shutil.rmtree(self.folder)
-        return (first / 127.5 - 1 if first.dtype == np.uint8 else first).transpose(0, 3, 1, 2)
+        return (first / 127.5 - 1 if first.dtype == np.uint8 else first).transpose(0, 3, 1, 2), measures
 
 
-def main():
+def main(argv=None):
     """Samples as the command line says."""
-    parser = argparse.ArgumentParser(description="Sample images from a checkpoint.", epilog=__doc__.split("\n\n")[1],
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     add_arguments(parser)
-    generate(parser.parse_args())
+    args = parser.parse_args(argv)
+    generate(open_job(args), args.out)
 
 
 if __name__ == "__main__":

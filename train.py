@@ -1,15 +1,16 @@
 """Adversarial training of diffusion models: Algorithm 1 of the paper, its losses, and plain DDPM beside them.
 
-    python train.py --data shapes --p 0.9 --sigma 0.2                              # small network, any machine
-    torchrun train.py --data cifar10 --p 0.9 --sigma 0.2                           # the paper's Robust_adv
+    python train.py --data shapes --p 0.9 --sigma 0.2                             # small network, any machine
+    torchrun train.py --data cifar10 --p 0.9 --sigma 0.2                              # the paper's Robust_adv
     torchrun --nproc_per_node 8 train.py --data cifar10 --method ddpm --out runs/ddpm
-    python train.py --data cifar10 --p 0.9 --sigma 0.2 --method ambient --flags conf1                   # Table 5's baseline
-    python train.py --data cifar10 --init cifar10_uncond_50M_500K.pt --schedule cosine --timesteps 4000 --learn-sigma
+    python train.py --data cifar10 --p 0.9 --sigma 0.2 --method ambient --flags conf1     # Table 5's baseline
+    python train.py --data cifar10 --init public.pt --schedule cosine --timesteps 4000 --learn-sigma
+    python train.py --data cifar10 --batch 16 --benchmark                  # what a step costs on this machine
 
-The same command again goes on from the last checkpoint. RUN/checkpoint.pt is what sample.py and the others take.
+The same command again goes on from the last checkpoint. RUN/checkpoint.pt is what sample.py and the others
+take.
 """
 
-import argparse
 import functools
 import json
 import math
@@ -27,18 +28,20 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from data import Images, Progress, UserError, as_bytes, atomic_write, command_line, noise_estimate, save_grid, sha256_of
-from sample import generator, image_noise, sample, split_output, stream_seed
-from unet import (PRESETS, Schedule, UNet, at, expand, in_bfloat16, load_checkpoint, network_of, save_checkpoint,
-                  start_processes)
+import beyond
+from common import (POSITIVE, Progress, UserError, as_bytes, atomic_write, check_ranges, command_line, gather,
+                    generator, image_noise, noise_estimate, parser_of, save_grid, sha256_of, start_processes,
+                    stream_seed, write_json)
+from data import Images
+from sample import sample, split_output
+from unet import (PRESETS, Schedule, UNet, at, expand, in_bfloat16, load_checkpoint, network_of,
+                  save_checkpoint)
 
-FLAG_STREAM = 0x5EED    # of the draws of wrong flags (conf1), apart from the corruption's own
-GRID = 36               # images of a sample grid, made with 50 DDIM steps
-# What may change between two runs of the same training: how it is run and for how long, not what is learned.
-FREE = {"steps", "microbatch", "save_every", "sample_every", "compile"}
+GRID = 36               # images of a sample grid, made with 50 DDIM steps: sample.py's of seed 0
+STREAMS = 2       # raised when a run's random numbers change: a run that another version began is not resumed
 
 
-# --------------------------------------------------------------------------------------------------------- the losses
+# ------------------------------------------------------------------------------------------------- the losses
 
 def radius(schedule, t, beta, omega=2.0, gamma=8 / 255):
     """r_beta(t) of Eq. 7: the half-width of delta's ball, in units of eps. t, beta [B...] -> [B...]."""
@@ -46,40 +49,13 @@ def radius(schedule, t, beta, omega=2.0, gamma=8 / 255):
     return (s**omega + gamma * beta) / s                                            # Eq. 7
 
 
-def regularisation_weight(schedule, t, beta, r, lam=0.3, lam_units="x"):
-    """lambda_t = lambda sqrt(3) / (beta R), R the ball's radius in units of x_t (`x`) or of eps (`eps`). -> [B...]."""
-    R = schedule.sqrt_one_minus_alpha_bar[t] * r if lam_units == "x" else r
+def lambda_t(schedule, t, beta, lam=0.3, lam_units="x", omega=2.0, gamma=8 / 255):
+    """The regulariser's weight lambda_t = lambda sqrt(3) / (beta R), R the radius of delta's ball in units of
+    x_t (lam_units `x`) or of eps (`eps`). t, beta [B...] -> [B...]."""
+    R = radius(schedule, t, beta, omega, gamma)
+    if lam_units == "x":
+        R = schedule.sqrt_one_minus_alpha_bar[t] * R
     return lam * math.sqrt(3) / (beta * R)
-
-
-def total_weight(schedule, t, lam=0.3, lam_units="x", omega=2.0, gamma=8 / 255):
-    """1 + lambda_t at beta = 1: how heavily the two terms of the loss at t weigh together. t [B...] -> [B...]."""
-    one = torch.ones_like(t, dtype=schedule.sqrt_one_minus_alpha_bar.dtype)
-    return 1 + regularisation_weight(schedule, t, one, radius(schedule, t, one, omega, gamma), lam, lam_units)
-
-
-def timesteps(schedule, t, chance, reg_share=1.0, balance=False, *regularisation):
-    """The timesteps of some rows, and the factor of their loss. t uniform and chance ~ U[0, 1), both [B...] -> both [B...].
-
-    Beyond the paper, whose own are t and 1; regularisation: lam, lam_units, omega, gamma. A share below 1 has few rows for a
-    regulariser whose weight differs 20-fold: their t are drawn from q(t) ~ 1 + lambda_t and their loss is divided by
-    q(t) / uniform, which has the same expectation and less noise. With `--balance` every t weighs the same: the factor is
-    1 / (1 + lambda_t), which leaves the minimiser at every t what it is, but no t drowns the others' gradients, as
-    16 / beta^2 near t = 0 does.
-    """
-    if balance:
-        return t, 1 / total_weight(schedule, t, *regularisation)
-    if reg_share == 1:
-        return t, torch.ones_like(chance)
-    weight = total_weight(schedule, torch.arange(len(schedule), device=t.device), *regularisation)          # [..., T]
-    below = weight.cumsum(dim=-1)
-    t = torch.searchsorted(below / below[..., -1:], chance.contiguous())
-    return t, weight.mean(dim=-1, keepdim=True) / weight.gather(-1, t)
-
-
-def weighed(terms, factor, reg_share):
-    """The terms of `training_loss` with the factor of `timesteps`; the regulariser of a share stands for that of all."""
-    return {name: factor * term / (reg_share if name == "reg" else 1) for name, term in terms.items()}
 
 
 def mean_square(x, t):
@@ -87,24 +63,29 @@ def mean_square(x, t):
     return x.square().flatten(t.ndim).mean(dim=t.ndim)
 
 
-def fgsm(predict, x_t, t, eps_hat, delta, r, s):
-    """delta_adv of Eq. 8: one step of the fast gradient sign method from the random start delta, kept inside the ball.
+def adversarial(predict, x_t, t, eps_hat, delta, r, s):
+    """delta_adv of Eq. 8: one step of the fast gradient sign method from the random start delta, kept inside
+    the ball.
 
-    predict(x, t) -> eps_theta; x_t, eps_hat, delta [B..., *]; r, s broadcasting against them: the radius in units of eps,
-    and sqrt(1 - alpha_bar), which takes delta into units of x_t.
+    predict(x, t) -> eps_theta; x_t, eps_hat, delta [B..., *]; r, s broadcasting against them: the radius in
+    units of eps, and sqrt(1 - alpha_bar), which takes delta into units of x_t.
     """
     delta = delta.detach().requires_grad_()
-    J = (predict(x_t + s * delta, t) - eps_hat.detach()).square().sum()             # a sum: the sign ignores its scale
-    gradient, = torch.autograd.grad(J, delta)                                       # no parameter's gradient is computed
+    J = (predict(x_t + s * delta, t) - eps_hat.detach()).square().sum()    # a sum: the sign ignores its scale
+    gradient, = torch.autograd.grad(J, delta)                                     # no parameter's is computed
     return torch.clamp(delta.detach() + r / math.sqrt(3) * gradient.sign(), -r, r)  # Eq. 8
 
 
-def training_loss(model, schedule, x_0, t, eps, beta, u, method="adv", lam=0.3, lam_units="x", omega=2.0, gamma=8 / 255):
-    """The terms of Eq. 6 (`adv`, `ran`), Eq. 14 (`inv`) or Eq. 3 (`ddpm`), sample by sample: one step of Algorithm 1.
+def training_loss(model, schedule, x_0, t, eps, beta, u, method="adv", lam=0.3, lam_units="x", omega=2.0,
+                  gamma=8 / 255):
+    """The terms of Eq. 6 (`adv`, `ran`), Eq. 14 (`inv`) or Eq. 3 (`ddpm`), sample by sample: the body of
+    Algorithm 1.
 
-    model(x_t, t) -> eps_theta, or eps_theta and v with learned variance. x_0 [B..., *] data; t [B...] timesteps;
-    eps ~ N(0, I) and u ~ U[-1, 1] like x_0; beta ~ U[0.5, 2] like t: all randomness is the caller's.
-    -> dict of [B...]: `ddpm`; `reg`, lambda_t included, unless the method is ddpm; `vlb` with learned variance.
+    model(x_t, t) -> eps_theta, or eps_theta and v with learned variance. x_0 [B..., *] data; t [B...]
+    timesteps; eps ~ N(0, I) and u ~ U[-1, 1] like x_0; beta ~ U[0.5, 2] like t: all randomness is the
+    caller's.
+    -> dict of [B...]: `ddpm`; `reg`, lambda_t included, unless the method is ddpm; `vlb` with learned
+    variance.
     """
     x_t = schedule.noised(x_0, t, eps)                                              # Eq. 2
     eps_hat, v = split_output(model(x_t, t), x_t)
@@ -117,28 +98,47 @@ def training_loss(model, schedule, x_0, t, eps, beta, u, method="adv", lam=0.3, 
     def predict(x, t):
         return split_output(model(x, t), x)[0]
 
-    radius_t = radius(schedule, t, beta, omega, gamma)                              # [B...]
-    r, s = expand(radius_t, x_t), at(schedule.sqrt_one_minus_alpha_bar, t, x_t)     # [B..., 1 ...]
+    r = expand(radius(schedule, t, beta, omega, gamma), x_t)                        # [B..., 1 ...]
+    s = at(schedule.sqrt_one_minus_alpha_bar, t, x_t)                               # [B..., 1 ...]
     delta = r * u                                                                   # delta_ran ~ U[-r, r]
     if method != "ran":
-        delta = fgsm(predict, x_t, t, eps_hat, delta, r, s)                         # Eq. 8
-    eps_hat_delta = predict(x_t + s * delta, t)                                     # at Eq. 7's perturbed x_t
+        delta = adversarial(predict, x_t, t, eps_hat, delta, r, s)                  # Eq. 8
+    eps_hat_delta = predict(x_t + s * delta, t)                                    # at x_t^adv of Algorithm 1
     # Both outputs carry gradient: each has to move towards the other.
-    target = eps_hat if method == "inv" else eps_hat + delta                        # Eq. 14 (invariance), Eq. 6 (equivariance)
-    lam_t = regularisation_weight(schedule, t, beta, radius_t, lam, lam_units)
-    terms["reg"] = lam_t * mean_square(eps_hat_delta - target, t)                   # Eq. 6
+    target = eps_hat if method == "inv" else eps_hat + delta                     # Eq. 14; Eq. 6: equivariance
+    weight = lambda_t(schedule, t, beta, lam, lam_units, omega, gamma)
+    terms["reg"] = weight * mean_square(eps_hat_delta - target, t)                  # Eq. 6
     return terms
 
 
-def ambient_loss(model, schedule, y, t, eps, sigma_n):
-    """The noise-aware baseline of Table 5 (Daras et al. 2024a for a network that predicts eps), sample by sample.
+def variational_bound(schedule, x_0, x_t, t, eps_hat, v):
+    """The term of L_vlb at t in bits per dimension: it trains the variance (Nichol & Dhariwal 2021,
+    L_hybrid). -> [B]."""
+    small, log_variance = schedule.log_variance("small", x_t, t), schedule.log_variance("learned", x_t, t, v)
+    mean = schedule.posterior_mean(schedule.predicted_x0(x_t, t, eps_hat), x_t, t)
+    distance = (schedule.posterior_mean(x_0, x_t, t) - mean).square()
+    divergence = 0.5 * (log_variance - small - 1 + (small - log_variance).exp()     # KL of two Gaussians
+                        + (-log_variance).exp() * distance)
+    # At t = 0 it is the likelihood of x_0's byte: the Gaussian's mass between half a level below and half a
+    # level above.
+    sigma = (0.5 * log_variance).exp()
+    above = torch.where(x_0 > 0.999, 1.0, torch.special.ndtr((x_0 + 1 / 255 - mean) / sigma))
+    below = torch.where(x_0 < -0.999, 0.0, torch.special.ndtr((x_0 - 1 / 255 - mean) / sigma))
+    surprise = -(above - below).clamp(min=1e-12).log()
+    return torch.where(expand(t == 0, x_t), surprise, divergence).flatten(1).mean(dim=1) / math.log(2)
 
-    y [B, *] data with noise of a KNOWN deviation sigma_n [B], 0 for a clean sample, whose loss is Eq. 3's. y is only ever
-    diffused further: timesteps with less noise than y has itself teach nothing. -> dict of [B]: `ddpm`.
+
+def ambient_loss(model, schedule, y, t, eps, sigma_n):
+    """The noise-aware baseline of Table 5 (Daras et al. 2024a for a network that predicts eps), sample by
+    sample.
+
+    y [B, *] data with noise of a KNOWN deviation sigma_n [B], 0 for a clean sample, whose loss is Eq. 3's. y
+    is only ever diffused further: timesteps with less noise than y has itself teach nothing. -> dict of [B]:
+    `ddpm`.
     """
-    sigma_t = schedule.sqrt_one_minus_alpha_bar[t] / schedule.sqrt_alpha_bar[t]     # the noise of x_t / sqrt(alpha_bar)
+    sigma_t = schedule.sqrt_one_minus_alpha_bar[t] / schedule.sqrt_alpha_bar[t]     # of x_t / sqrt(alpha_bar)
     usable = sigma_t > sigma_n
-    keep = torch.where(usable, 1 - (sigma_n / sigma_t).square(), 1.0)               # 1 - rho: the share that eps adds
+    keep = torch.where(usable, 1 - (sigma_n / sigma_t).square(), 1.0)       # 1 - rho: the share that eps adds
     x_t = at(schedule.sqrt_alpha_bar, t, y) * (y + expand(sigma_t * keep.sqrt(), y) * eps)
     eps_hat, _ = split_output(model(x_t, t), x_t)
     return {"ddpm": usable * keep * mean_square(eps - expand(keep.sqrt(), y) * eps_hat, t)}
@@ -147,83 +147,60 @@ def ambient_loss(model, schedule, y, t, eps, sigma_n):
 def assumed_noise(images, flags, sigma_known):
     """What the noise-aware baseline is told of every image: its deviation sigma_known or 0. -> float32 [N].
 
-    flags: `oracle` the truth; `conf1` each image's flag is right with probability 1 - p, decided once; `conf2` all noisy.
+    flags: `oracle` the truth; `conf1` an image's flag is right with probability 1 - p, decided once; `conf2`
+    all noisy.
     """
     noisy = np.ones(len(images), bool)
     if flags != "conf2":
         noisy = images.corrupted(np.arange(len(images))) & (images.sigma > 0)
     if flags == "conf1":
-        noisy ^= np.random.default_rng([images.data_seed, FLAG_STREAM]).random(len(images)) < images.p
+        coins = np.random.default_rng(stream_seed("flags", images.data_seed))
+        noisy ^= coins.random(len(images)) < images.p
     return np.float32(sigma_known) * noisy.astype(np.float32)
 
 
-def variational_bound(schedule, x_0, x_t, t, eps_hat, v):
-    """The term of L_vlb at t in bits per dimension: it trains the variance (Nichol & Dhariwal 2021, L_hybrid). -> [B]."""
-    small, log_variance = schedule.log_variance("small", x_t, t), schedule.log_variance("learned", x_t, t, v)
-    mean = schedule.posterior_mean(schedule.predicted_x0(x_t, t, eps_hat), x_t, t)
-    divergence = 0.5 * (log_variance - small - 1 + (small - log_variance).exp() + (-log_variance).exp()
-                        * (schedule.posterior_mean(x_0, x_t, t) - mean).square())   # KL of two Gaussians
-    # At t = 0 it is the likelihood of x_0's byte: the Gaussian's mass between half a level below and half a level above.
-    normal = torch.distributions.Normal(mean, (0.5 * log_variance).exp())
-    above = torch.where(x_0 > 0.999, 1.0, normal.cdf(x_0 + 1 / 255))
-    below = torch.where(x_0 < -0.999, 0.0, normal.cdf(x_0 - 1 / 255))
-    surprise = -(above - below).clamp(min=1e-12).log()
-    return torch.where(expand(t == 0, x_t), surprise, divergence).flatten(1).mean(dim=1) / math.log(2)
+# ---------------------------------------------------------------------------------------- Algorithm 1's draws
 
+def draw(seed, step, batch, shape, T, device):
+    """The randomness of one step for the whole batch, a function of (seed, step) alone, whoever computes
+    which part.
 
-# ------------------------------------------------------------------------------------------------- Algorithm 1's draws
-
-def draw(seed, step, batch, shape, timesteps, device):
-    """The randomness of one step for the whole batch, a function of (seed, step) alone, whoever computes which part.
-
-    -> t [batch] in 0 ... timesteps-1, beta [batch] ~ U[0.5, 2], eps ~ N(0, I), u ~ U[-1, 1], both [batch, *shape], and
-    chance [batch] ~ U[0, 1), for `timesteps`.
+    -> t [batch] in 0 ... T-1, beta [batch] ~ U[0.5, 2], eps ~ N(0, I), u ~ U[-1, 1], both [batch, *shape],
+    and chance [batch] ~ U[0, 1), for beyond.py.
     """
-    g = generator(seed, step, device)
-    t = torch.randint(timesteps, (batch,), generator=g, device=device)
+    g = generator("train", seed, step, device)
+    t = torch.randint(T, (batch,), generator=g, device=device)
     beta = 0.5 + 1.5 * torch.rand(batch, generator=g, device=device)
     eps = torch.randn(batch, *shape, generator=g, device=device)
     u = 2 * torch.rand(batch, *shape, generator=g, device=device) - 1
     return t, beta, eps, u, torch.rand(batch, generator=g, device=device)
 
 
-def regularised_rows(rows, reg_share, method):
-    """Which rows of the batch carry the regulariser: one in 1 / reg_share. -> [(rows, method)], the others as `ddpm`.
-
-    Images and draws are new in every step, so that fixed rows are a random share of them. A share is computed by
-    itself, and not as a part of one pass over all rows: dropout has one mask for all passes over a row.
-    """
-    every = 1 if method in ("ddpm", "ambient") else round(1 / reg_share)
-    parts = [([row for row in rows if row % every == 0], method), ([row for row in rows if row % every], "ddpm")]
-    return [(part, method) for part, method in parts if part]
-
-
-def index_of(rows):
-    """Row numbers as what to index with: a slice where they are evenly spaced, which is a view and sends a GPU nothing."""
-    step = rows[1] - rows[0] if len(rows) > 1 else 1
-    return slice(rows[0], rows[-1] + 1, step) if rows == list(range(rows[0], rows[-1] + 1, step)) else rows
-
-
 @functools.lru_cache(maxsize=2)
 def epoch_order(seed, epoch, count):
     """The order of the images in an epoch: a permutation of all `count`."""
-    return np.random.default_rng([seed, epoch]).permutation(count)
+    return np.random.default_rng(stream_seed("order", seed, epoch)).permutation(count)
 
 
 def batch_indices(seed, step, batch, count):
-    """Which images make up the batch of a step: every image once an epoch, in a fresh order. -> int64 [batch]."""
-    return np.array([epoch_order(seed, k // count, count)[k % count] for k in range(step * batch, (step + 1) * batch)])
+    """Which images are the batch of a step: every image once an epoch, in a fresh order. -> int64 [batch]."""
+    seen = range(step * batch, (step + 1) * batch)
+    return np.array([epoch_order(seed, k // count, count)[k % count] for k in seen])
 
 
-# -------------------------------------------------------------------------------------------------------- the training
+# ----------------------------------------------------------------------------------------------- the training
 
 class Trainer:
-    """Network, EMA, optimiser and step counter of one process: the state that a checkpoint holds, and what advances it."""
+    """Network, EMA, optimiser and step counter of one process: what a checkpoint holds, and what advances it.
+
+    config: the four groups of `configuration`; microbatch: images at a time, None for all; process: of
+    `start_processes`.
+    """
 
     def __init__(self, config, microbatch, compile, process):
         self.config, self.settings, self.process = config, config["training"], process
         self.schedule = Schedule.named(**config["process"]).to(process.device)
-        torch.manual_seed(self.settings["seed"])                        # the same initial weights in every process
+        torch.manual_seed(stream_seed("weights", self.settings["seed"]))        # the same in every process
         self.model = UNet(**config["network"]).to(process.device, memory_format=torch.channels_last)
         self.network = torch.compile(self.model) if compile else self.model
         if self.settings["amp"]:
@@ -232,77 +209,73 @@ class Trainer:
         self.ema = [p.detach().clone() for p in self.parameters]
         self.optimizer = torch.optim.AdamW(self.parameters, lr=self.settings["lr"], weight_decay=0.0, fused=True)
         self.step, self.ema_updates = 0, 0
-        share = self.settings["batch"] // process.world
-        self.rows = range(process.rank * share, (process.rank + 1) * share)     # this process's part of the global batch
-        self.microbatch = min(microbatch or share, share)
-
-    def losses(self, x_0, rows, noise, method, sigma_n=None):
-        """The loss terms of some rows of the global batch, x_0 their images: scalars, summed over rows / batch.
-
-        sigma_n [rows]: what `ambient` is told of them.
-        """
-        settings = self.settings
-        t, beta, eps, u, chance = (part[index_of(list(rows))] for part in noise)
-        reg_share = 1.0 if method in ("ddpm", "ambient") else settings["reg_share"]
-
-        def network(x, t):
-            if self.config["network"]["dropout"]:           # one mask for all passes of a step, or Eq. 6 measures dropout
-                torch.manual_seed(stream_seed(settings["seed"], self.step * settings["batch"] + rows[0]))
-            return self.network(x, t)
-
-        regularisation = [settings[name] for name in ("lam", "lam_units", "omega", "gamma")]
-        t, factor = timesteps(self.schedule, t, chance, reg_share, settings["balance"], *regularisation)
-        if method == "ambient":
-            terms = ambient_loss(network, self.schedule, x_0, t, eps, sigma_n)
-        else:
-            terms = training_loss(network, self.schedule, x_0, t, eps, beta, u, method, *regularisation)
-        return {name: term.sum() / settings["batch"] for name, term in weighed(terms, factor, reg_share).items()}
-
-    def noise(self, shape):
-        """Algorithm 1's draws for the whole batch of the step that comes next."""
-        return draw(self.settings["seed"], self.step, self.settings["batch"], shape, len(self.schedule), self.process.device)
+        self.rows = slice(process.rank, None, process.world)             # of the global batch: this process's
+        self.microbatch = microbatch or self.settings["batch"]
+        self.regulariser = {name: self.settings[name] for name in ("lam", "lam_units", "omega", "gamma")}
+        every_t = torch.arange(len(self.schedule), device=process.device)
+        self.lam_t = lambda_t(self.schedule, every_t, torch.ones_like(every_t), **self.regulariser)     # [T]
 
     def advance(self, x_0, sigma_n=None):
-        """One step of Algorithm 1 on x_0 [rows, C, H, W], this process's part of the batch. -> its loss terms, tensors.
+        """Algorithm 1, once through its loop, on x_0 [rows, C, H, W], this process's part of the batch.
 
-        sigma_n [rows]: for the method `ambient`, see `assumed_noise`.
+        sigma_n [rows]: for `ambient`, see `assumed_noise`. -> the loss terms, scalars on the device.
         """
-        noise, totals = self.noise(x_0.shape[1:]), {}
+        seed, batch, method = (self.settings[name] for name in ("seed", "batch", "method"))
+        draws = draw(seed, self.step, batch, x_0.shape[1:], len(self.schedule), self.process.device)
+        t, beta, eps, u, chance = (part[self.rows] for part in draws)
+        t, weight, parts = beyond.plan(self.lam_t, t, chance, method, self.settings["reg_share"],
+                                       self.settings["balance"])  # by default: t, 1, and all rows in one part
         self.optimizer.zero_grad()
-        for part, method in regularised_rows(self.rows, self.settings["reg_share"], self.settings["method"]):
-            for rows in (part[first:first + self.microbatch] for first in range(0, len(part), self.microbatch)):
-                here = index_of([row - self.rows.start for row in rows])
-                terms = self.losses(x_0[here], rows, noise, method, None if sigma_n is None else sigma_n[here])
-                sum(terms.values()).backward()
-                totals = {name: totals.get(name, 0) + terms[name].detach() if name in terms else totals[name]
-                          for name in totals | terms}
-        if self.process.world > 1:                          # one sum for everything: gradients, then the losses
-            sent = [p.grad for p in self.parameters] + list(totals.values())
-            flat = torch.cat([part.flatten() for part in sent])
-            dist.all_reduce(flat)
-            parts = flat.split([part.numel() for part in sent])
-            for p, part in zip(self.parameters, parts):
-                p.grad.copy_(part.view_as(p))
-            totals = dict(zip(totals, (part[0] for part in parts[len(self.parameters):])))
-        self.optimizer.step()
+        losses = {}
+        for rows, method, strength in self.microbatches(parts):
+            network = self.with_one_dropout_mask(rows)
+            if method == "ambient":
+                terms = ambient_loss(network, self.schedule, x_0[rows], t[rows], eps[rows], sigma_n[rows])
+            else:
+                regulariser = self.regulariser | dict(lam=strength * self.settings["lam"])
+                terms = training_loss(network, self.schedule, x_0[rows], t[rows], eps[rows], beta[rows],
+                                      u[rows], method, **regulariser)                           # Eq. 8, Eq. 6
+            terms = {name: (weight[rows] * term).sum() / batch for name, term in terms.items()}
+            sum(terms.values()).backward()
+            losses |= {name: losses.get(name, 0) + term.detach() for name, term in terms.items()}
+        if self.process.world > 1:
+            losses = self.sum_over_processes(losses)
+        self.optimizer.step()                                                          # theta - eta grad L_AT
         self.step += 1
         self.ema_updates += 1
-        decay = min(self.settings["ema"], (1 + self.ema_updates) / (10 + self.ema_updates))     # or it starts as noise
+        warm_up = (1 + self.ema_updates) / (10 + self.ema_updates)            # or the average starts as noise
+        decay = min(self.settings["ema"], warm_up)
         torch._foreach_lerp_(self.ema, self.parameters, 1 - decay)
-        return totals
+        return losses
 
-    def cost(self, x_0, method):
-        """Seconds of a loss and its gradients per image, measured on x_0 without any effect on the training."""
-        noise, seconds = self.noise(x_0.shape[1:]), []
-        parts = regularised_rows(range(len(x_0)), self.settings["reg_share"], method)
-        for _ in range(4):
-            began = time.perf_counter()
-            for rows, method in parts:
-                sum(self.losses(x_0[index_of(rows)], rows, noise, method).values()).backward()
-            if self.process.device.type == "cuda":
-                torch.cuda.synchronize()
-            seconds.append(time.perf_counter() - began)
-        return statistics.median(seconds[1:]) / len(x_0)    # the first one warms up
+    def microbatches(self, parts):
+        """The parts of `beyond.plan`, none of more than `microbatch` rows."""
+        for rows, method, strength in parts:
+            for first in range(rows.start, rows.stop, self.microbatch):
+                yield slice(first, min(first + self.microbatch, rows.stop)), method, strength
+
+    def with_one_dropout_mask(self, rows):
+        """The network, its dropout mask the same in all passes over some rows of a step: or Eq. 6 measures it."""
+        if not self.config["network"]["dropout"]:
+            return self.network
+        row = self.process.rank + self.process.world * rows.start               # in the global batch
+        seed = stream_seed("dropout", self.settings["seed"], self.step * self.settings["batch"] + row)
+
+        def network(x, t):
+            torch.manual_seed(seed)
+            return self.network(x, t)
+        return network
+
+    def sum_over_processes(self, losses):
+        """One sum for everything: gradients, in place, then the losses. -> the losses."""
+        sent = [p.grad for p in self.parameters] + list(losses.values())
+        flat = torch.cat([part.flatten() for part in sent])
+        dist.all_reduce(flat)
+        parts = flat.split([part.numel() for part in sent])
+        for p, part in zip(self.parameters, parts):
+            p.grad.copy_(part.view_as(p))
+        last = parts[len(self.parameters):]                 # cloned: a view would keep all of flat alive
+        return {name: part[0].clone() for name, part in zip(losses, last)}
 
     def ema_weights(self):
         """The EMA as a state dict."""
@@ -311,26 +284,30 @@ class Trainer:
     def grid(self, path):
         """Draws GRID samples of the EMA weights into a PNG: 50 DDIM steps, the same seeds every time."""
         self.model.eval()
-        data, network = self.config["data"], self.config["network"]
-        noise = image_noise(0, range(GRID), (network["in_channels"], network["size"], network["size"]), self.process.device)
-        schedule = Schedule.named(**self.config["process"]).respaced(min(50, len(self.schedule))).to(self.process.device)
-        images = sample(lambda x, t: torch.func.functional_call(self.model, self.ema_weights(), (x, t)), schedule, noise,
-                        "ddim", clamp=(data["low"], data["high"]))
+        data, network, device = self.config["data"], self.config["network"], self.process.device
+        shape = network["in_channels"], network["size"], network["size"]
+        noise = image_noise("sample", 0, range(GRID), shape, device)
+        schedule = Schedule.named(**self.config["process"]).respaced(min(50, len(self.schedule))).to(device)
+
+        def averaged(x, t):
+            return torch.func.functional_call(self.model, self.ema_weights(), (x, t))
+
+        images = sample(averaged, schedule, noise, "ddim", clamp=(data["low"], data["high"]))
         save_grid(as_bytes(images.permute(0, 2, 3, 1).cpu().numpy()), path)
         self.model.train()
 
     def state(self):
         """What a checkpoint holds."""
-        return dict(config=self.config, step=self.step, ema_updates=self.ema_updates, model=self.model.state_dict(),
-                    ema=self.ema_weights(), optimizer=self.optimizer.state_dict())
+        return dict(config=self.config, step=self.step, ema_updates=self.ema_updates, ema=self.ema_weights(),
+                    model=self.model.state_dict(), optimizer=self.optimizer.state_dict())
 
     def load(self, checkpoint, resume):
-        """Takes over a checkpoint: to go on with its run, or to start another run from it (step 0, own learning rate).
+        """Takes over a checkpoint: to go on with its run, or to start another run from it (step 0, own
+        learning rate).
 
         A bare public state dict gives the weights alone.
         """
-        weights = checkpoint.get("model", checkpoint)
-        self.model.load_state_dict(weights)
+        self.model.load_state_dict(checkpoint.get("model", checkpoint))
         for average, name in zip(self.ema, self.ema_weights()):
             average.copy_(checkpoint.get("ema", checkpoint)[name])
         if "optimizer" in checkpoint:
@@ -342,58 +319,51 @@ class Trainer:
             self.step = checkpoint["step"]
 
 
-# --------------------------------------------------------------------------------------------------- the command line
+# ------------------------------------------------------------------------------------------- the command line
 
 # Training by size of network: the paper's (its codebase's, where it is silent), and one that a CPU finishes.
 DEFAULTS = {"paper": dict(steps=500_000, batch=128, lr=1e-4, ema=0.9999),
             "small": dict(steps=2_000, batch=64, lr=1e-3, ema=0.995)}
 
 
-def arguments():
+def arguments(argv=None):
     """The command line, parsed and checked as far as it can be without files."""
-    parser = argparse.ArgumentParser(description="Train a diffusion model, adversarially (adv), with random perturbations "
-                                     "(ran), with invariance (inv), or plainly (ddpm).", epilog=__doc__.split("\n\n")[1],
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     add = parser.add_argument
-    add("--out", type=Path, help="folder of the run (default runs/DATA-METHOD); the same command again resumes it")
+    add("--out", type=Path, help="folder of the run (default runs/DATA-METHOD); the same command resumes it")
     add("--steps", type=int, help="training steps in all (default 500000; 2000 for the small network)")
     add("--batch", type=int, help="images a step, over all processes (default 128; small 64)")
-    add("--microbatch", type=int, help="images at a time in one process: less memory, the same result (default: all)")
+    add("--microbatch", type=int, help="images at a time in a process: less memory (default: all)")
     add("--lr", type=float, help="AdamW's learning rate (default 1e-4; small 1e-3)")
     add("--ema", type=float, help="decay of the average of the weights (default 0.9999; small 0.995)")
     add("--seed", type=int, default=0, help="seed of weights, noise and order (default 0)")
-    add("--init", type=Path, help="start from this checkpoint: ours, with its optimiser, or improved-diffusion's")
+    add("--init", type=Path, help="start from a checkpoint: ours with its optimiser, or improved-diffusion's")
     add("--amp", action="store_true", help="bfloat16 autocast in the network")
     add("--compile", action="store_true", help="torch.compile the network")
     add("--save-every", type=int, default=1000, help="steps between checkpoints (default 1000)")
     add("--sample-every", type=int, default=0, help="steps between sample grids (default 0: only at the end)")
-    group = parser.add_argument_group("the method (section 2)")
-    add = group.add_argument
-    add("--method", choices=["adv", "ran", "inv", "ddpm", "ambient"], default="adv",
-        help="Eq. 6 with adversarial or random delta, Eq. 14, Eq. 3, or Table 5's noise-aware baseline (default adv)")
+    add("--benchmark", action="store_true", help="train nothing: measure a step of ddpm, ran and adv of this "
+        "configuration and write OUT/benchmark.json")
+    add = parser.add_argument_group("the method (section 2)").add_argument
+    add("--method", choices=["adv", "ran", "inv", "ddpm", "ambient"], default="adv", help="Eq. 6 with "
+        "adversarial or random delta, Eq. 14, Eq. 3, or Table 5's noise-aware baseline (default adv)")
     add("--lam", type=float, default=0.3, help="lambda, the strength of the regulariser (default 0.3)")
-    add("--lam-units", choices=["x", "eps"], default="x", help="lambda_t = lambda sqrt(3) / (beta R): R in units of x_t "
-        "(default) or of eps")
+    add("--lam-units", choices=["x", "eps"], default="x", help="lambda_t = lambda sqrt(3) / (beta R): R in "
+        "units of x_t (default) or of eps")
     add("--omega", type=float, default=2.0, help="Eq. 7's exponent (default 2)")
     add("--gamma", type=float, default=8 / 255, help="Eq. 7's bias (default 8/255)")
-    add("--reg-share", type=float, default=1.0, help="share of the batch on which the regulariser is computed, 1, 1/2, 1/3 "
-        "...: a step costs (3 + 5 share) / 3 of DDPM's (default 1, the paper's; below it, and without --balance, its t are "
-        "drawn where lambda_t is large, and reweighted)")
-    add("--balance", action="store_true", help="divide adv's, ran's or inv's loss at t by 1 + lambda_t: the same minimiser, "
-        "and high noise levels are learnt much sooner (default: the paper's sum)")
-    add("--flags", choices=["oracle", "conf1", "conf2"], default="oracle", help="what ambient is told of each image's noise: "
-        "the truth, a flag that is wrong with probability p, or that all are noisy (default oracle)")
-    add("--sigma-known", type=float, help="the deviation that ambient is told (default --sigma, or 0.1 where that is 0)")
-    group = parser.add_argument_group("the data (prepared by data.py)")
-    add = group.add_argument
+    add("--flags", choices=["oracle", "conf1", "conf2"], default="oracle", help="what ambient is told of "
+        "each image's noise: the truth (default), a flag wrong with probability p, or that all are noisy")
+    add("--sigma-known", type=float, help="the deviation that ambient is told (default --sigma, else 0.1)")
+    beyond.add_arguments(parser)
+    add = parser.add_argument_group("the data (prepared by data.py)").add_argument
     add("--data", default="shapes", help="name of a data set (default shapes)")
     add("--size", type=int, help="image size (default: the data set's usual one)")
     add("--data-dir", type=Path, default=Path("data"), help="where data.py put it (default data/)")
-    add("--p", type=float, default=0.0, help="share of the images that is corrupted (default 0; the paper: 0.9)")
-    add("--sigma", type=float, default=0.0, help="deviation of their noise, in [-1, 1] units (the paper: 0.1, 0.2)")
+    add("--p", type=float, default=0.0, help="share of the images that is corrupted (default 0; paper: 0.9)")
+    add("--sigma", type=float, default=0.0, help="deviation of their noise, of [-1, 1] (paper: 0.1, 0.2)")
     add("--data-seed", type=int, default=0, help="seed of the corruption (default 0)")
-    group = parser.add_argument_group("the network and the process (defaults: the data set's, see PRESETS in unet.py)")
-    add = group.add_argument
+    add = parser.add_argument_group("network and process (defaults: PRESETS of unet.py)").add_argument
     integers = lambda text: tuple(int(part) for part in text.split(","))
     add("--preset", choices=list(PRESETS), help="another data set's network, or `small`")
     add("--channels", type=int, help="width of the first level")
@@ -402,66 +372,61 @@ def arguments():
     add("--attn", type=integers, help="resolutions with attention, e.g. 16,8")
     add("--heads", type=int, help="attention heads")
     add("--dropout", type=float, help="dropout in the residual blocks")
-    add("--learn-sigma", action="store_true", default=None, help="learn the variance too (Nichol & Dhariwal's L_hybrid)")
+    add("--learn-sigma", action="store_true", default=None, help="learn the variance too (L_hybrid)")
     add("--timesteps", type=int, help="T (default 1000)")
     add("--schedule", choices=["linear", "cosine"], help="noise schedule (default linear)")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
 
     args.preset = args.preset or (args.data if args.data in PRESETS else "small")
     for name, value in DEFAULTS["small" if args.preset == "small" else "paper"].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     args.out = args.out or Path("runs") / f"{args.data}-{args.method}"
-    for name in ("steps", "batch", "microbatch", "save_every", "lr", "lam", "gamma", "reg_share", "sigma_known", "channels",
-                 "res_blocks", "heads"):
-        value = getattr(args, name)
-        if value is not None and not 0 < value < math.inf:
-            raise UserError(f"--{name.replace('_', '-')} {value}: must be positive")
-    for name, low, high in [("p", 0, 1), ("sigma", 0, math.inf), ("ema", 0, 1), ("dropout", 0, 1), ("omega", 1, math.inf),
-                            ("sample_every", 0, math.inf)]:
-        value = getattr(args, name)
-        if value is not None and not low <= value <= high:
-            raise UserError(f"--{name.replace('_', '-')} {value}: must be from {low} to {high}")
+    positive = ("steps", "batch", "microbatch", "save_every", "lr", "lam", "gamma", "reg_share", "channels",
+                "res_blocks", "heads", "sigma_known")
+    check_ranges(args, p=(0, 1), sigma=(0, math.inf), ema=(0, 1), dropout=(0, 1), omega=(1, math.inf),
+                 sample_every=(0, math.inf), **dict.fromkeys(positive, POSITIVE))
     args.balance = args.balance and args.method not in ("ddpm", "ambient")      # their loss has one term
     if args.method != "ambient":
         args.flags = args.sigma_known = None
     elif args.sigma_known is None:
         args.sigma_known = args.sigma or 0.1
-    every, world = round(1 / args.reg_share), int(os.environ.get("WORLD_SIZE", 1))
+    world = int(os.environ.get("WORLD_SIZE", 1))
     if args.batch % world:
         raise UserError(f"--batch {args.batch}: is not a multiple of the {world} processes")
-    if every < 1 or abs(every * args.reg_share - 1) > 1e-2 or args.batch % (world * every):
-        raise UserError(f"--reg-share {args.reg_share}: must be 1, 1/2, 1/3 ..., and whole images of each of the {world} "
-                        f"process(es)' share of --batch {args.batch}")
-    args.reg_share = 1 / every
+    args.reg_share = beyond.rounded_share(args.reg_share, args.batch, world)
     return args
 
 
 def configuration(args, images, init):
-    """The run as plain values in four groups: what a checkpoint says of itself."""
-    chosen = {name: getattr(args, name) for name in ("channels", "res_blocks", "mult", "attn", "heads", "dropout",
-                                                     "learn_sigma") if getattr(args, name) is not None}
-    network = dict(size=images.size, in_channels=images.shape[0], learn_sigma=False, scale_shift=True) | PRESETS[args.preset]
+    """The run as plain values in four groups: what a checkpoint says of itself. init: the checkpoint of
+    --init, or None."""
+    def given(*names):
+        return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+
+    chosen = given("channels", "res_blocks", "mult", "attn", "heads", "dropout", "learn_sigma")
+    network = dict(size=images.size, in_channels=images.shape[0], learn_sigma=False, scale_shift=True)
+    network |= PRESETS[args.preset] | chosen
     process = dict(schedule=args.schedule or "linear", timesteps=args.timesteps or 1000)
-    network |= chosen
     if init is not None:                                    # the file decides; flags may only agree with it
         if "config" in init:
             network, process = init["config"]["network"], init["config"]["process"]
         else:
             network |= network_of(init, images.size, network["heads"])
-        asked = chosen | {name: getattr(args, name) for name in ("schedule", "timesteps") if getattr(args, name) is not None}
-        asked["size"] = images.size
-        for name, value in asked.items():
+        for name, value in (chosen | given("schedule", "timesteps") | dict(size=images.size)).items():
             if name != "dropout" and (network | process)[name] != value:
                 raise UserError(f"--init {args.init}: its {name} is {(network | process)[name]}, not {value}")
-        network["dropout"] = chosen.get("dropout", network["dropout"])
+        network = network | dict(dropout=chosen.get("dropout", network["dropout"]))
     if args.method == "ambient" and network["learn_sigma"]:
-        raise UserError("--method ambient: the baseline learns no variance; leave out --learn-sigma, or take another --init")
-    data = dict(name=args.data, size=images.size, count=len(images), p=args.p, sigma=args.sigma, data_seed=args.data_seed,
-                low=float(images.low), high=float(images.high), float_data=images.array.dtype != np.uint8)
-    training = {name: getattr(args, name) for name in (
-        "method", "lam", "lam_units", "omega", "gamma", "reg_share", "balance", "flags", "sigma_known", "batch", "lr", "ema",
-        "amp", "seed")} | dict(init=args.init and str(args.init))
+        raise UserError("--method ambient: the baseline learns no variance; leave out --learn-sigma, or take "
+                        "another --init")
+    data = dict(name=args.data, size=images.size, count=len(images), p=args.p, sigma=args.sigma,
+                data_seed=args.data_seed, low=images.low, high=images.high,
+                float_data=images.array.dtype != np.uint8)
+    names = ("method", "lam", "lam_units", "omega", "gamma", "reg_share", "balance", "flags", "sigma_known",
+             "batch", "lr", "ema", "amp", "seed")
+    training = {name: getattr(args, name) for name in names}
+    training |= dict(init=args.init and str(args.init), streams=STREAMS)
     return dict(network=network, process=process, data=data, training=training)
 
 
@@ -470,27 +435,15 @@ def check_same(out, there, now):
     differing = [f"{name} was {there[group].get(name)} and is now {value}" for group in now
                  for name, value in now[group].items() if there[group].get(name) != value]
     if differing:
-        raise UserError(f"--out {out} holds another run: {'; '.join(differing)}. Give the same settings, or another --out")
+        raise UserError(f"--out {out} holds another run: {'; '.join(differing)}. Give the same settings, or "
+                        "another --out")
 
 
-def check_processes_agree(config, process):
+def check_processes_agree(config):
     """Refuses to train where the processes were given different commands, as machines of one job can be."""
-    if process.world > 1:
-        mine = zlib.crc32(json.dumps(config, sort_keys=True).encode())
-        all_of_them = [torch.zeros((), dtype=torch.int64) for _ in range(process.world)]
-        dist.all_gather(all_of_them, torch.tensor(mine))
-        if len(set(map(int, all_of_them))) > 1:
-            raise UserError("the processes were given different settings or data: the same command is needed on every machine")
-
-
-def open_log(path, step):
-    """log.jsonl, ready for appending, without the lines that a killed run wrote after its last checkpoint."""
-    kept = []
-    if step and path.exists():
-        kept = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= step]
-    with atomic_write(path) as temporary:
-        temporary.write_text("".join(line + "\n" for line in kept))
-    return open(path, "a", buffering=1)
+    if len(set(gather(zlib.crc32(json.dumps(config, sort_keys=True).encode())))) > 1:
+        raise UserError("the processes were given different settings or data: the same command is needed on "
+                        "every machine")
 
 
 def peak_memory(device):
@@ -500,75 +453,89 @@ def peak_memory(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
 
 
-def main():
-    """Trains until args.steps, resuming where a checkpoint is."""
-    args = arguments()
-    images = Images(args.data, args.size, args.data_dir, args.p, args.sigma, args.data_seed)
-    if args.batch > len(images):
-        raise UserError(f"--batch {args.batch}: {args.data} has only {len(images)} images")
-    init = load_checkpoint(args.init) if args.init else None
-    config = configuration(args, images, init)
-    saved = load_checkpoint(args.out) if (args.out / "checkpoint.pt").exists() else None
-    if saved is not None:
-        check_same(args.out, saved["config"], config)
-        if saved["step"] >= args.steps:
-            print(f"{args.out}/checkpoint.pt is at step {saved['step']} already: nothing to do (--steps {args.steps})")
-            return
-    process = start_processes()
-    torch.set_float32_matmul_precision("high")              # TF32 where there is a GPU
-    check_processes_agree(config, process)
-    trainer = Trainer(config, args.microbatch, args.compile, process)
-    if saved or init:
-        trainer.load(saved or init, resume=saved is not None)
-    del saved, init
-    first = process.rank == 0
-    log = None
+def benchmark(args, config, images, process):
+    """Measures a training step of ddpm, ran and adv, each in a Trainer of its own -> what OUT/benchmark.json
+    holds.
 
-    def say(text):
+    seconds: median of a few steps of --batch images. peak_gib: of a CPU it is this process's so far, the
+    reason for the order of the methods.
+    """
+    methods = {}
+    for method in ("ddpm", "ran", "adv"):
+        trainer = Trainer(config | dict(training=config["training"] | dict(method=method)), args.microbatch,
+                          args.compile, process)
+        index = batch_indices(args.seed, 0, args.batch, len(images))[trainer.rows]
+        x_0, seconds = torch.from_numpy(images.read(index)).to(process.device), []
+        if process.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        while len(seconds) < 3 or len(seconds) < 20 and sum(seconds) < 10:
+            began = time.perf_counter()
+            trainer.advance(x_0)
+            if process.device.type == "cuda":
+                torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - began)
+        methods[method] = dict(seconds=statistics.median(seconds[1:]), peak_gib=peak_memory(process.device))
+        del trainer
+    return dict(config=config, device=process.device.type, torch=torch.__version__, world=process.world,
+                threads=torch.get_num_threads(), batch=args.batch, methods=methods)
+
+
+class Log:
+    """RUN/log.jsonl and the terminal, written by the first process alone."""
+
+    def __init__(self, path, step, first):
+        self.first = first
         if first:
+            kept = []                                  # not what a killed run wrote after its last checkpoint
+            if step and path.exists():
+                kept = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= step]
+            with atomic_write(path) as temporary:
+                temporary.write_text("".join(line + "\n" for line in kept))
+            self.file = open(path, "a", buffering=1)
+
+    def record(self, **values):
+        """A line of the file."""
+        if self.first:
+            self.file.write(json.dumps(values) + "\n")
+
+    def say(self, text):
+        """A line for people."""
+        if self.first:
             print(text, flush=True)
 
-    def record(**values):
-        if first:
-            log.write(json.dumps(values) + "\n")
 
-    assumed = assumed_noise(images, args.flags, args.sigma_known) if args.method == "ambient" else None
+def describe(args, config, trainer, images, assumed):
+    """The lines that a training begins with."""
+    parameters = sum(p.numel() for p in trainer.parameters) / 1e6
+    some = np.arange(min(len(images), 1 + 1000 * 32**2 // images.size**2))          # a few megabytes of them
+    noise = noise_estimate(images.read(some)).mean()
+    method = (f", lambda {args.lam} ({args.lam_units} units), omega {args.omega}, gamma {args.gamma:.4f}, on "
+              f"{args.reg_share:g} of the batch{', balanced' if args.balance else ''}")
+    if args.method == "ambient":
+        method = (f", sigma {args.sigma_known} known, {100 * (assumed > 0).mean():.1f} % of the images taken "
+                  f"for noisy ({args.flags})")
+    return (f"data      {args.data} {images.size}x{images.size}, {len(images)} images, {100 * args.p:g} % of "
+            f"them with noise of sigma {args.sigma} (data seed {args.data_seed}); noise estimate "
+            f"{noise:.3f}\nnetwork   {parameters:.2f} M parameters ({args.preset})"
+            f"{f', from {args.init}' if args.init else ''}; {config['process']['schedule']} schedule, "
+            f"T = {len(trainer.schedule)}\n"
+            f"method    {args.method}{'' if args.method == 'ddpm' else method}\n"
+            f"training  steps {trainer.step} to {args.steps}, batch {args.batch} on {trainer.process.world} "
+            f"{trainer.process.device.type} process(es), {'bfloat16' if args.amp else 'float32'}\n"
+            f"output    {args.out}/checkpoint.pt every {args.save_every} steps, log.jsonl, sample grids")
+
+
+def run(args, trainer, images, assumed, log):
+    """Algorithm 1's loop until args.steps or a signal, with its reading ahead, losses, checkpoints and
+    grids."""
+    process, checkpoint = trainer.process, args.out / "checkpoint.pt"
 
     def read(step):
         """This process's images of a step, and what `ambient` is told of them, on their way to the device."""
-        index = batch_indices(args.seed, step, args.batch, len(images))[trainer.rows.start:trainer.rows.stop]
-        batch = [torch.from_numpy(images.read(index))] + ([] if assumed is None else [torch.from_numpy(assumed[index])])
+        index = batch_indices(args.seed, step, args.batch, len(images))[trainer.rows]
+        batch = [images.read(index)] if assumed is None else [images.read(index), assumed[index]]
+        batch = [torch.from_numpy(part) for part in batch]
         return [part.pin_memory() if process.device.type == "cuda" else part for part in batch]
-
-    def save():
-        if first:
-            save_checkpoint(args.out / "checkpoint.pt", trainer.state())
-
-    reader = ThreadPoolExecutor(1)                          # reads the next batch while the network works
-    upcoming = reader.submit(read, trainer.step)
-    # On a CPU, where a large network takes minutes a batch, some 16 images of 32x32; the whole batch of small ones.
-    count = trainer.microbatch if process.device.type == "cuda" else max(8, round(1 / args.reg_share), 16 * 32**2 // images.size**2)
-    few = upcoming.result()[0][:count - count % round(1 / args.reg_share) or count]
-    plain = trainer.cost(few.to(process.device), "ddpm")
-    seconds = plain if args.method in ("ddpm", "ambient") else trainer.cost(few.to(process.device), args.method)
-    price = f"x{seconds / plain:.2f} a plain DDPM step" + (" (the paper says x2.5)" if args.method == "adv" else "")
-    estimate = seconds * len(trainer.rows) * (args.steps - trainer.step) / 60
-    some = images.read(np.arange(min(len(images), 1000, 1 + 1000 * 32**2 // images.size**2)))    # LSUN's 1000 fill gigabytes
-    method = f", lambda {args.lam} ({args.lam_units} units), omega {args.omega}, gamma {args.gamma:.4f}, on {args.reg_share:g} of the batch"
-    if args.method == "ambient":
-        method = f", sigma {args.sigma_known} known, {100 * (assumed > 0).mean():.1f} % of the images taken for noisy ({args.flags})"
-    say(f"data      {args.data} {images.size}x{images.size}, {len(images)} images, {100 * args.p:g} % of them with noise of "
-        f"sigma {args.sigma} (data seed {args.data_seed}); noise estimate {noise_estimate(some).mean():.3f}\n"
-        f"network   {sum(p.numel() for p in trainer.parameters) / 1e6:.2f} M parameters ({args.preset})"
-        f"{f', from {args.init}' if args.init else ''}; {config['process']['schedule']} schedule, T = {len(trainer.schedule)}\n"
-        f"method    {args.method}{'' if args.method == 'ddpm' else method}{', balanced' if args.balance else ''}: {price}\n"
-        f"training  steps {trainer.step} to {args.steps}, batch {args.batch} on {process.world} {process.device.type} "
-        f"process(es), {'bfloat16' if args.amp else 'float32'}: about {estimate:.0f} minutes\n"
-        f"output    {args.out}/checkpoint.pt every {args.save_every} steps, log.jsonl, sample grids")
-    log = open_log(args.out / "log.jsonl", trainer.step) if first else None
-    record(step=trainer.step, event="start", config=config, world=process.world, device=process.device.type,
-           torch=torch.__version__, cost=seconds / plain,
-           code={name: sha256_of(Path(__file__).with_name(name))[:12] for name in ("train.py", "sample.py", "unet.py", "data.py")})
 
     stop = []
 
@@ -579,46 +546,84 @@ def main():
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, on_signal)
 
+    reader = ThreadPoolExecutor(1)                          # reads the next batch while the network works
+    upcoming = reader.submit(read, trainer.step)
     log_every = 50 if process.device.type == "cuda" else 1  # reading a loss makes the host wait for the GPU
     sums, counted, began, began_at = {}, 0, time.perf_counter(), trainer.step
-    broken = torch.full((), math.inf, device=process.device)    # the first step with a loss that is not finite
-    progress = Progress(args.steps - began_at, "steps", "training") if first else None
-    while trainer.step < args.steps:
-        batch = [part.to(process.device, non_blocking=True) for part in upcoming.result()]
+    broken = torch.full((), math.inf, device=process.device)   # the first step with a loss that is not finite
+    progress = Progress(args.steps - began_at, "steps", "training")
+    while trainer.step < args.steps:                        # Algorithm 1: repeat ... until convergence
+        batch = [part.to(process.device, non_blocking=True) for part in upcoming.result()]      # x_0 ~ D
         upcoming = reader.submit(read, trainer.step + 1)
-        terms = trainer.advance(*batch)
+        losses = trainer.advance(*batch)
         step = trainer.step
-        sums = {name: sums.get(name, 0) + term for name, term in terms.items()}
+        sums = {name: sums.get(name, 0) + loss for name, loss in losses.items()}
         counted += 1
-        broken = torch.where(sum(terms.values()).isfinite(), broken, broken.clamp(max=step))
+        broken = torch.where(sum(losses.values()).isfinite(), broken, broken.clamp(max=step))
         stopping = torch.tensor(float(bool(stop)))
         if process.world > 1:
             dist.all_reduce(stopping)                       # on the CPU: all leave after the same step
-        last = step == args.steps or bool(stopping)
-        saving = last or step % args.save_every == 0
+        saving = step == args.steps or bool(stopping) or step % args.save_every == 0
         if not (saving or step % log_every == 0):
             continue
         if math.isfinite(float(broken)):
-            good = f"the last good checkpoint is {args.out}/checkpoint.pt" if (args.out / "checkpoint.pt").exists() else "none was saved"
-            raise UserError(f"the loss of step {int(broken)} is not finite; {good}. Try a lower --lr, or without --amp")
-        losses = {name: float(total) / counted for name, total in sums.items()}
+            good = f"the last good checkpoint is {checkpoint}" if checkpoint.exists() else "none was saved"
+            raise UserError(f"the loss of step {int(broken)} is not finite; {good}. Try a lower --lr, or "
+                            "without --amp")
+        means = {name: float(total) / counted for name, total in sums.items()}
         rate = (step - began_at) * args.batch / (time.perf_counter() - began)
         sums, counted = {}, 0
-        record(step=step, **losses, images_per_s=round(rate, 2))
-        if first:
-            progress.update(step - began_at, **losses)
-        if saving:
-            save()
-        if first and (step == args.steps or args.sample_every and step % args.sample_every == 0):
+        log.record(step=step, **means, images_per_s=round(rate, 2))
+        progress.update(step - began_at, **means)
+        if saving and log.first:
+            save_checkpoint(checkpoint, trainer.state())
+        if log.first and (step == args.steps or args.sample_every and step % args.sample_every == 0):
             trainer.grid(args.out / f"samples-{step:08d}.png")
+            log.record(step=step, event="grid", file=f"samples-{step:08d}.png")
         if stopping:
-            say(f"\nstopped by a signal after step {step}: saved {args.out}/checkpoint.pt; the same command goes on")
+            log.say(f"\nstopped by a signal after step {step}: saved {checkpoint}; the same command goes on")
             sys.exit(128 + (stop or [signal.SIGTERM])[0])
-    if first:
-        progress.close()
-    say(f"made {args.out}/checkpoint.pt (step {trainer.step}) and {args.out}/samples-{trainer.step:08d}.png: {rate:.1f} images/s, "
-        f"peak memory {peak_memory(process.device):.2f} GiB a process, a step costs {price}\n"
-        f"next: python sample.py {args.out} --n 64 --out {args.out}/samples.npz")
+    progress.close()
+    log.say(f"made {checkpoint} (step {trainer.step}) and {args.out}/samples-{trainer.step:08d}.png: "
+            f"{rate:.1f} images/s, peak memory {peak_memory(process.device):.2f} GiB a process\n"
+            f"next: python sample.py {args.out} --num-samples 64 --out {args.out}/samples.npz")
+
+
+def main(argv=None):
+    """Trains until args.steps, resuming where a checkpoint is."""
+    args = arguments(argv)
+    images = Images(args.data, args.size, args.data_dir, args.p, args.sigma, args.data_seed)
+    if args.batch > len(images):
+        raise UserError(f"--batch {args.batch}: {args.data} has only {len(images)} images")
+    init = load_checkpoint(args.init) if args.init else None
+    config = configuration(args, images, init)
+    resume = (args.out / "checkpoint.pt").exists() and not args.benchmark
+    saved = load_checkpoint(args.out) if resume else None
+    if saved is not None:
+        check_same(args.out, saved["config"], config)
+        if saved["step"] >= args.steps:
+            print(f"{args.out}/checkpoint.pt is at step {saved['step']} already: nothing to do (--steps "
+                  f"{args.steps})")
+            return
+    process = start_processes()
+    check_processes_agree(config)
+    if args.benchmark:
+        result = benchmark(args, config, images, process)
+        if process.rank == 0:
+            write_json(args.out / "benchmark.json", result)
+            print(json.dumps(result["methods"], indent=1) + f"\nmade {args.out}/benchmark.json")
+        return
+    trainer = Trainer(config, args.microbatch, args.compile, process)
+    if saved or init:
+        trainer.load(saved or init, resume)
+    del saved, init
+    assumed = assumed_noise(images, args.flags, args.sigma_known) if args.method == "ambient" else None
+    log = Log(args.out / "log.jsonl", trainer.step, process.rank == 0)
+    log.say(describe(args, config, trainer, images, assumed))
+    code = {file.name: sha256_of(file)[:12] for file in sorted(Path(__file__).parent.glob("*.py"))}
+    log.record(step=trainer.step, event="start", config=config, world=process.world, tf32=process.tf32,
+               device=process.device.type, torch=torch.__version__, code=code)
+    run(args, trainer, images, assumed, log)
 
 
 if __name__ == "__main__":

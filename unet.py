@@ -1,51 +1,51 @@
 """The noise-predicting network, the noise schedule, and checkpoints: what every other stage is built on.
 
-    model = UNet(size=32, **PRESETS["cifar10"])             # eps_theta, randomly initialised
-    schedule = Schedule.named("linear", 1000)               # Eq. 1 and 2
-    model, schedule, config = load_model("runs/robust")     # a run of train.py, or a public improved-diffusion file
+    model = UNet(size=32, **PRESETS["cifar10"])             # eps_theta, randomly initialised schedule =
+    Schedule.named("linear", 1000)               # Eq. 1 and 2 model, schedule, config =
+    load_model("runs/robust")     # a run of train.py, or a public improved-diffusion file
 
-The network is the U-Net of Nichol & Dhariwal (2021), the paper's codebase, and reads its state dicts key by key.
+The network is the U-Net of Nichol & Dhariwal (2021), the paper's codebase, and reads its state dicts key by
+key.
 """
 
 import math
 import os
 import zipfile
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-from data import UserError, atomic_write
+from common import UserError, atomic_write
 
-# Networks by data set. The paper keeps those of its codebase; "small" trains on a CPU. CelebA's is not stated there:
-# 64x64 images take ImageNet-64's network.
+# Networks by data set. The paper keeps those of its codebase; "small" trains on a CPU. CelebA's is not stated
+# there: 64x64 images take ImageNet-64's network.
 PRESETS = {
     "cifar10": dict(channels=128, res_blocks=3, mult=(1, 2, 2, 2), attn=(16, 8), heads=4, dropout=0.3),
     "celeba": dict(channels=128, res_blocks=3, mult=(1, 2, 3, 4), attn=(16, 8), heads=4, dropout=0.0),
     "imagenet64": dict(channels=128, res_blocks=3, mult=(1, 2, 3, 4), attn=(16, 8), heads=4, dropout=0.0),
-    "lsun_bedroom": dict(channels=128, res_blocks=2, mult=(1, 1, 2, 2, 4, 4), attn=(16,), heads=1, dropout=0.0,
-                         scale_shift=False),
+    "lsun_bedroom": dict(channels=128, res_blocks=2, mult=(1, 1, 2, 2, 4, 4), attn=(16,), heads=1,
+                         dropout=0.0, scale_shift=False),
     "small": dict(channels=32, res_blocks=1, mult=(1, 2, 2), attn=(8,), heads=2, dropout=0.0),
 }
 
 
-# ------------------------------------------------------------------------------------------------------- the network
+# ------------------------------------------------------------------------------------------------ the network
 
 class _Normalise(torch.autograd.Function):
     """Group normalisation of x [B, C, H, W] with a weight and a bias [B, 1, C] of its own for every sample.
 
-    PyTorch's CPU kernel takes up to five times as long on channels_last tensors with few channels a group, and is a
-    quarter of a training step. Here every pass over the pixels is a matrix product with ones or an elementwise product.
+    PyTorch's CPU kernel takes up to five times as long on channels_last tensors with few channels a group,
+    and is a quarter of a training step. Here every pass over the pixels is a matrix product with ones or an
+    elementwise product.
     """
 
     @staticmethod
     def forward(ctx, x, weight, bias, groups, eps):
         B, C, H, W = x.shape
         x = x.permute(0, 2, 3, 1).reshape(B, H * W, C)                      # a view of a channels_last tensor
-        x = x - _group_mean(_pixel_sum(x), groups, H * W)                   # centred first: the variance stays accurate
+        x = x - _group_mean(_pixel_sum(x), groups, H * W)         # centred first: the variance stays accurate
         rstd = (_group_mean(_pixel_sum(x * x), groups, H * W) + eps).rsqrt()            # [B, 1, C]
         ctx.save_for_backward(x, rstd, weight)
         ctx.groups = groups
@@ -58,8 +58,8 @@ class _Normalise(torch.autograd.Function):
         dy = dy.permute(0, 2, 3, 1).reshape(B, H * W, C)
         d_bias = _pixel_sum(dy)
         d_weight = _pixel_sum(dy * x) * rstd
-        mean_1 = _group_mean(d_bias * weight, ctx.groups, H * W)            # of d x_hat and of d x_hat * x_hat over a group
-        mean_2 = _group_mean(d_weight * weight, ctx.groups, H * W)
+        mean_1 = _group_mean(d_bias * weight, ctx.groups, H * W)            # over a group, of d x_hat and of
+        mean_2 = _group_mean(d_weight * weight, ctx.groups, H * W)          # d x_hat * x_hat
         dx = torch.addcmul(-rstd * mean_1, dy, rstd * weight).addcmul_(x, -rstd.square() * mean_2)
         return dx.view(B, H, W, C).permute(0, 3, 1, 2), d_weight, d_bias, None, None
 
@@ -70,13 +70,15 @@ def _pixel_sum(x):
 
 
 def _group_mean(channel_sums, groups, pixels):
-    """Sums over the pixels [B, 1, C] -> the mean of each channel's group over pixels and channels [B, 1, C]."""
+    """Sums over the pixels [B, 1, C] -> the mean of each channel's group over pixels and channels [B, 1,
+    C]."""
     mean = channel_sums.unflatten(2, (groups, -1)).mean(dim=3, keepdim=True) / pixels
     return mean.expand(-1, -1, -1, channel_sums.shape[2] // groups).flatten(2)
 
 
 class GroupNorm(nn.GroupNorm):
-    """GroupNorm over 32 groups in float32, then optionally * (1 + scale) + shift, each [B, C]: [B, C, H, W] -> the same."""
+    """GroupNorm over 32 groups in float32, then optionally * (1 + scale) + shift, each [B, C]: [B, C, H, W]
+    -> the same."""
 
     def __init__(self, channels):
         super().__init__(32, channels)
@@ -90,7 +92,8 @@ class GroupNorm(nn.GroupNorm):
             if x.device.type == "cpu":
                 return _Normalise.apply(x.float(), weight, bias, self.num_groups, self.eps).to(x.dtype)
             h = F.group_norm(x.float(), self.num_groups, None, None, self.eps)
-            return torch.addcmul(bias.transpose(1, 2)[..., None], h, weight.transpose(1, 2)[..., None]).to(x.dtype)
+            weight, bias = (part.transpose(1, 2)[..., None] for part in (weight, bias))         # [B, C, 1, 1]
+            return torch.addcmul(bias, h, weight).to(x.dtype)
 
 
 def _zeroed(module):
@@ -101,13 +104,16 @@ def _zeroed(module):
 
 
 class ResBlock(nn.Module):
-    """GroupNorm-SiLU-conv twice around the time embedding, plus a skip connection: [B, in, H, W] -> [B, out, H, W]."""
+    """GroupNorm-SiLU-conv twice around the time embedding, plus a skip connection: [B, in, H, W] -> [B, out,
+    H, W]."""
 
     def __init__(self, in_channels, out_channels, embedding, dropout, scale_shift):
         super().__init__()
         self.scale_shift = scale_shift
-        self.in_layers = nn.Sequential(GroupNorm(in_channels), nn.SiLU(), nn.Conv2d(in_channels, out_channels, 3, padding=1))
-        self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(embedding, out_channels * (2 if scale_shift else 1)))
+        self.in_layers = nn.Sequential(GroupNorm(in_channels), nn.SiLU(),
+                                       nn.Conv2d(in_channels, out_channels, 3, padding=1))
+        self.emb_layers = nn.Sequential(nn.SiLU(),
+                                        nn.Linear(embedding, out_channels * (2 if scale_shift else 1)))
         self.out_layers = nn.Sequential(GroupNorm(out_channels), nn.SiLU(), nn.Dropout(dropout),
                                         _zeroed(nn.Conv2d(out_channels, out_channels, 3, padding=1)))
         self.skip_connection = (nn.Identity() if in_channels == out_channels
@@ -115,7 +121,7 @@ class ResBlock(nn.Module):
 
     def forward(self, x, emb):
         h = self.in_layers(x)
-        emb = self.emb_layers(emb)                                          # [B, out], or twice that with scale_shift
+        emb = self.emb_layers(emb)                                  # [B, out], or twice that with scale_shift
         if self.scale_shift:
             h = self.out_layers[0](h, *emb.chunk(2, dim=1))
         else:
@@ -130,15 +136,17 @@ class Attention(nn.Module):
         super().__init__()
         self.heads = heads
         self.norm = GroupNorm(channels)
-        self.qkv = nn.Conv1d(channels, 3 * channels, 1)           # 1-D convolutions only for their state-dict shape
+        self.qkv = nn.Conv1d(channels, 3 * channels, 1)     # 1-D convolutions only for their state-dict shape
         self.proj_out = _zeroed(nn.Conv1d(channels, channels, 1))
 
     def forward(self, x):
         B, C, H, W = x.shape
         tokens = self.norm(x).permute(0, 2, 3, 1).reshape(B, H * W, C)
         qkv = F.linear(tokens, self.qkv.weight[:, :, 0], self.qkv.bias)     # [B, HW, 3C]
-        # improved-diffusion splits the heads first, then q, k, v within a head: another order loads but computes nonsense
-        q, k, v = qkv.view(B, H * W, self.heads, -1).transpose(1, 2).chunk(3, dim=-1)     # each [B, heads, HW, C/heads]
+        # improved-diffusion splits the heads first, then q, k, v within a head: another order loads but
+        # computes nonsense
+        qkv = qkv.view(B, H * W, self.heads, -1).transpose(1, 2)
+        q, k, v = qkv.chunk(3, dim=-1)                                      # each [B, heads, HW, C / heads]
         h = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, H * W, C)
         h = F.linear(h, self.proj_out.weight[:, :, 0], self.proj_out.bias)
         return x + h.view(B, H, W, C).permute(0, 3, 1, 2)
@@ -167,32 +175,37 @@ class Upsample(nn.Module):
 
 
 def timestep_embedding(t, channels):
-    """Sinusoidal embedding of the integer timesteps t [B]: cosines, then sines, of geometric frequencies -> [B, channels]."""
+    """Sinusoidal embedding of the integer timesteps t [B]: cosines, then sines, of geometric frequencies ->
+    [B, channels]."""
     half = channels // 2
-    frequencies = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
-    angles = t[:, None].float() * frequencies
+    k = torch.arange(half, dtype=torch.float32, device=t.device)
+    angles = t[:, None].float() * torch.exp(-math.log(10000) * k / half)                # [B, half]
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 
 class UNet(nn.Module):
-    """eps_theta(x_t, t): x_t [B, in_channels, size, size], t [B] integers in 0 ... T-1 -> [B, out, size, size].
+    """eps_theta(x_t, t): x_t [B, in_channels, size, size], t [B] integers in 0 ... T-1 -> [B, out, size,
+    size].
 
     out is in_channels, or twice that with `learn_sigma`: eps, then the interpolation v of the log variance.
-    `attn` lists the resolutions that get attention, `mult` the width of each level in units of `channels`; every level
-    but the last halves the resolution. Raises UserError where size and mult, or channels and heads, do not fit.
+    `attn` lists the resolutions that get attention, `mult` the width of each level in units of `channels`;
+    every level but the last halves the resolution. Raises UserError where size and mult, or channels and
+    heads, do not fit.
     """
 
-    def __init__(self, size, channels, res_blocks, mult, attn, heads, dropout=0.0, learn_sigma=False, scale_shift=True,
-                 in_channels=3):
+    def __init__(self, size, channels, res_blocks, mult, attn, heads, dropout=0.0, learn_sigma=False,
+                 scale_shift=True, in_channels=3):
         super().__init__()
         if size % 2 ** (len(mult) - 1):
-            raise UserError(f"--size {size}: {len(mult)} levels (--mult) need a multiple of {2 ** (len(mult) - 1)}")
+            raise UserError(f"--size {size}: {len(mult)} levels (--mult) need a multiple of "
+                            f"{2 ** (len(mult) - 1)}")
         if channels % 32:
-            raise UserError(f"--channels {channels}: GroupNorm has 32 groups, so this must be a multiple of 32")
+            raise UserError(f"--channels {channels}: must be a multiple of 32, the groups of GroupNorm")
         if any(channels * m % heads for m in mult):
-            raise UserError(f"--heads {heads}: does not divide the network's widths {[channels * m for m in mult]}")
+            raise UserError(f"--heads {heads}: does not divide the widths {[channels * m for m in mult]}")
         self.channels, embedding = channels, 4 * channels
-        self.time_embed = nn.Sequential(nn.Linear(channels, embedding), nn.SiLU(), nn.Linear(embedding, embedding))
+        self.time_embed = nn.Sequential(nn.Linear(channels, embedding), nn.SiLU(),
+                                        nn.Linear(embedding, embedding))
 
         def block(in_width, out_width, resolution):
             layers = [ResBlock(in_width, out_width, embedding, dropout, scale_shift)]
@@ -227,8 +240,9 @@ class UNet(nn.Module):
                     resolution *= 2
                 self.output_blocks.append(layers)
 
+        out_channels = in_channels * (2 if learn_sigma else 1)
         self.out = nn.Sequential(GroupNorm(width), nn.SiLU(),
-                                 _zeroed(nn.Conv2d(width, in_channels * (2 if learn_sigma else 1), 3, padding=1)))
+                                 _zeroed(nn.Conv2d(width, out_channels, 3, padding=1)))
 
     def forward(self, x, t):
         emb = self.time_embed(timestep_embedding(t, self.channels))         # [B, 4 * channels]
@@ -249,14 +263,15 @@ class UNet(nn.Module):
 
 
 def in_bfloat16(network, device):
-    """The network under bfloat16 autocast: its forward passes alone, so that gradients, losses and sampler are float32."""
+    """The network under bfloat16 autocast: its forward passes alone, so that gradients, losses and sampler
+    are float32."""
     def run(x, t):
         with torch.autocast(device.type, torch.bfloat16):
             return network(x, t)
     return run
 
 
-# ------------------------------------------------------------------------------------------------- the noise schedule
+# ----------------------------------------------------------------------------------------- the noise schedule
 
 def expand(values, x):
     """One value per sample, shaped to broadcast against x: values [B...], x [B..., *] -> [B..., 1 ...]."""
@@ -271,20 +286,21 @@ def at(table, t, x):
 class Schedule:
     """The forward process q(x_t | x_0) of Eq. 1 and 2, and its posterior q(x_{t-1} | x_t, x_0).
 
-    beta [N] in float64: the variance added at step i (the paper's sigma(t) in Eq. 1); timesteps [N]: the t that the
-    network is told at step i, which differs from i once steps are left out. Every table is float64 [N] on the CPU;
+    beta [N] in float64: the variance added at step i (the paper's sigma(t) in Eq. 1); t [N]: what the network
+    is told at step i, which differs from i once steps are left out. Every table is float64 [N] on the CPU;
     `to(device)` casts once, to float32.
     """
 
-    def __init__(self, beta, timesteps):
-        self.beta, self.timesteps = beta, timesteps
+    def __init__(self, beta, t):
+        self.beta, self.t = beta, t
         self.alpha_bar = torch.cumprod(1 - beta, dim=0)                     # Eq. 2: alpha_t of the paper
         self.alpha_bar_prev = torch.cat([torch.ones(1, dtype=torch.float64), self.alpha_bar[:-1]])
         self.sqrt_alpha_bar = self.alpha_bar.sqrt()
         self.sqrt_one_minus_alpha_bar = (1 - self.alpha_bar).sqrt()
         self.sqrt_alpha_bar_prev = self.alpha_bar_prev.sqrt()
         self.sqrt_one_minus_alpha_bar_prev = (1 - self.alpha_bar_prev).sqrt()
-        # Section A.2: mean = coefficient_x0 * x_0 + coefficient_xt * x_t, variance = beta (1 - alpha_bar_prev) / (1 - alpha_bar)
+        # Section A.2: mean = coefficient_x0 * x_0 + coefficient_xt * x_t, variance = beta (1 -
+        # alpha_bar_prev) / (1 - alpha_bar)
         self.coefficient_x0 = beta * self.alpha_bar_prev.sqrt() / (1 - self.alpha_bar)
         self.coefficient_xt = (1 - self.alpha_bar_prev) * (1 - beta).sqrt() / (1 - self.alpha_bar)
         self.posterior_variance = beta * (1 - self.alpha_bar_prev) / (1 - self.alpha_bar)
@@ -292,10 +308,12 @@ class Schedule:
         second = self.posterior_variance[min(1, len(beta) - 1)]
         self.log_variance_small = torch.cat([second[None], self.posterior_variance[1:]]).log()
         self.log_variance_large = torch.cat([second[None], beta[1:]]).log()
+        self.log_beta = beta.log()                       # where a learned variance ends: at the last step too
 
     @classmethod
     def named(cls, schedule, timesteps):
-        """`linear`: beta from 1e-4 to 0.02, scaled by 1000/T; `cosine`: alpha_bar = cos^2 (Nichol & Dhariwal)."""
+        """`linear`: beta from 1e-4 to 0.02, scaled by 1000/T; `cosine`: alpha_bar = cos^2 (Nichol &
+        Dhariwal)."""
         if schedule == "linear":
             scale = 1000 / timesteps
             if 0.02 * scale >= 1:
@@ -313,18 +331,21 @@ class Schedule:
         return len(self.beta)
 
     def respaced(self, steps):
-        """The process that visits only some timesteps: beta = 1 - alpha_bar / alpha_bar of the one visited before.
+        """The process that visits only some timesteps: beta = 1 - alpha_bar / alpha_bar of the one visited
+        before.
 
-        `steps`: a count N of evenly spaced timesteps, both ends kept, round(i (T-1) / (N-1)); or their indices, rising.
+        `steps`: a count N of evenly spaced timesteps, both ends kept, round(i (T-1) / (N-1)); or their
+        indices, rising.
         """
         if isinstance(steps, int):
             if not 1 < steps <= len(self):
-                raise UserError(f"--steps {steps}: this model has {len(self)} timesteps, so 2 to {len(self)} can be sampled")
+                raise UserError(f"--steps {steps}: this model has {len(self)} timesteps, so 2 to {len(self)} "
+                                "can be sampled")
             i = torch.arange(steps, dtype=torch.float64)
             steps = (i * (len(self) - 1) / (steps - 1)).round().long()
         alpha_bar = self.alpha_bar[steps]
         previous = torch.cat([torch.ones(1, dtype=torch.float64), alpha_bar[:-1]])
-        return Schedule(1 - alpha_bar / previous, self.timesteps[steps])
+        return Schedule(1 - alpha_bar / previous, self.t[steps])
 
     def to(self, device):
         """The same tables as float32 on a device."""
@@ -335,10 +356,11 @@ class Schedule:
 
     def noised(self, x_0, t, eps):
         """x_t of Eq. 2: x_0 and eps [B..., *], t [B...]."""
-        return at(self.sqrt_alpha_bar, t, x_0) * x_0 + at(self.sqrt_one_minus_alpha_bar, t, x_0) * eps      # Eq. 2
+        s = at(self.sqrt_one_minus_alpha_bar, t, x_0)
+        return at(self.sqrt_alpha_bar, t, x_0) * x_0 + s * eps                          # Eq. 2
 
     def predicted_x0(self, x_t, t, eps):
-        """Eq. 2 solved for x_0: the clean image that x_t and a predicted eps imply (section A.2)."""
+        """x0_hat of section A.2: Eq. 2 solved for x_0, the clean image that x_t and a predicted eps imply."""
         return (x_t - at(self.sqrt_one_minus_alpha_bar, t, x_t) * eps) / at(self.sqrt_alpha_bar, t, x_t)
 
     def posterior_mean(self, x_0, x_t, t):
@@ -346,22 +368,23 @@ class Schedule:
         return at(self.coefficient_x0, t, x_t) * x_0 + at(self.coefficient_xt, t, x_t) * x_t
 
     def log_variance(self, variance, x_t, t, v=None):
-        """Of the reverse step: `large`, `small`, or `learned`, v [B, *] in -1 ... 1 between the two (Nichol & Dhariwal)."""
-        large, small = at(self.log_variance_large, t, x_t), at(self.log_variance_small, t, x_t)
+        """Of the reverse step: `large`, `small`, or `learned`, v [B, *] in -1 ... 1 between small and beta
+        (Nichol & Dhariwal). -> [B, 1 ...] or, learned, like x_t."""
         if variance == "learned":
             share = (v + 1) / 2
-            return share * large + (1 - share) * small
-        return {"large": large, "small": small}[variance]
+            return share * at(self.log_beta, t, x_t) + (1 - share) * at(self.log_variance_small, t, x_t)
+        return at({"large": self.log_variance_large, "small": self.log_variance_small}[variance], t, x_t)
 
 
-# -------------------------------------------------------------------------------------------------------- checkpoints
+# ------------------------------------------------------------------------------------------------ checkpoints
 
 def save_checkpoint(path, checkpoint):
-    """Writes one dict of tensors and plain values, atomically; the file that was there stays as *-previous.pt."""
+    """Writes one dict of tensors and plain values, atomically; the file that was there stays as
+    *-previous.pt."""
     path = Path(path)
     with atomic_write(path) as temporary:
         torch.save(checkpoint, temporary)
-        if path.exists():                                   # a second name for the old file, so that neither name is ever missing
+        if path.exists():               # a second name for the old file, so that neither name is ever missing
             with atomic_write(previous_of(path)) as link:
                 link.unlink(missing_ok=True)
                 os.link(path, link)
@@ -384,7 +407,7 @@ def load_checkpoint(path):
         raise UserError(f"{path}: no such checkpoint; pass train.py's --out folder or a .pt file")
     hint = f"; the one before it is {previous_of(path)}" if previous_of(path).is_file() else ""
     try:
-        if zipfile.is_zipfile(path):                        # torch.load does not compare the checksums, testzip does
+        if zipfile.is_zipfile(path):                 # torch.load does not compare the checksums, testzip does
             damaged = zipfile.ZipFile(path).testzip()
             if damaged:
                 raise ValueError(f"checksum of {damaged}")
@@ -399,11 +422,12 @@ def load_checkpoint(path):
 
 
 def network_of(state_dict, size, heads):
-    """The arguments of `UNet` read off a bare state dict; the image size and the heads leave no trace in the tensors."""
+    """The arguments of `UNet` read off a bare state dict; the image size and the heads leave no trace in the
+    tensors."""
     width = lambda key: state_dict[key].shape[0]
     channels, in_channels = state_dict["input_blocks.0.0.weight"].shape[:2]
     levels, attn, block = [[]], set(), 1
-    while f"input_blocks.{block}.0.op.weight" in state_dict or f"input_blocks.{block}.0.in_layers.2.weight" in state_dict:
+    while any(key.startswith(f"input_blocks.{block}.") for key in state_dict):
         if f"input_blocks.{block}.0.op.weight" in state_dict:
             levels.append([])
         else:
@@ -413,51 +437,36 @@ def network_of(state_dict, size, heads):
         block += 1
     if not all(levels):
         raise UserError("not an improved-diffusion U-Net: a level without residual blocks")
-    return dict(size=size, channels=channels, res_blocks=len(levels[0]), mult=tuple(w[0] // channels for w in levels),
+    return dict(size=size, channels=channels, res_blocks=len(levels[0]),
+                mult=tuple(w[0] // channels for w in levels),
                 attn=tuple(sorted(attn, reverse=True)), heads=heads, in_channels=in_channels,
                 learn_sigma=width("out.2.weight") == 2 * in_channels,
                 scale_shift=width("input_blocks.1.0.emb_layers.1.weight") == 2 * levels[0][0])
 
 
 def load_model(path, raw=False, size=None, heads=4, schedule="linear", timesteps=1000):
-    """-> (UNet in eval mode on the CPU, Schedule, config) of a checkpoint: the EMA weights, or the raw ones.
+    """-> (UNet in eval mode on the CPU, Schedule, config, step) of a checkpoint: the EMA weights, or the raw
+    ones.
 
-    size, heads, schedule and timesteps describe a bare public state dict, which says nothing of them; a checkpoint of
-    ours knows its own. config has the groups network, process, data and training, and `step`.
+    size, heads, schedule and timesteps describe a bare public state dict, which says nothing of them; a
+    checkpoint of ours knows its own. config has the groups network, process, data and training (empty for a
+    public file).
     """
     checkpoint = load_checkpoint(path)
     if "config" in checkpoint:
-        config = checkpoint["config"] | {"step": checkpoint["step"]}
-        state_dict = checkpoint["model" if raw else "ema"]
+        config, state_dict = checkpoint["config"], checkpoint["model" if raw else "ema"]
+    elif size is None:
+        raise UserError(f"{path}: a bare state dict does not say its image size; pass --size "
+                        "(and --heads, --schedule, --timesteps)")
     else:
-        if size is None:
-            raise UserError(f"{path}: a bare state dict does not say its image size; pass --size "
-                            "(and --heads, --schedule, --timesteps)")
         state_dict, data = checkpoint, dict(name="?", low=-1.0, high=1.0, p=0.0, sigma=0.0, float_data=False)
-        config = dict(network=network_of(checkpoint, size, heads), process=dict(schedule=schedule, timesteps=timesteps),
-                      data=data, training={}, step=0)
+        config = dict(network=network_of(checkpoint, size, heads), data=data, training={},
+                      process=dict(schedule=schedule, timesteps=timesteps))
     model = UNet(**config["network"])
     try:
         model.load_state_dict(state_dict)
     except RuntimeError as error:
-        raise UserError(f"{path}: the weights do not fit the network: {str(error).splitlines()[1].strip()[:160]}") from error
+        reason = str(error).splitlines()[1].strip()[:160]
+        raise UserError(f"{path}: the weights do not fit the network: {reason}") from error
     model = model.to(memory_format=torch.channels_last).eval().requires_grad_(False)
-    return model, Schedule.named(**config["process"]), config
-
-
-# ---------------------------------------------------------------------------------------------------------- processes
-
-def start_processes(join=True):
-    """-> rank, world, device of this process: one process as it stands, or one of torchrun's.
-
-    join: whether torchrun's processes form a group, as collectives need.
-    """
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.cuda.set_device(device)
-        torch.backends.cudnn.benchmark = True
-    if join and world > 1:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    return SimpleNamespace(rank=rank, world=world, device=device)
+    return model, Schedule.named(**config["process"]), config, checkpoint.get("step", 0)

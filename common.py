@@ -1,0 +1,333 @@
+"""What every stage shares: errors, files, progress, processes, random streams, pictures.
+
+Nothing here knows a model or a data set, and nothing here imports another file of the kit.
+"""
+
+import argparse
+import contextlib
+import errno
+import fcntl
+import functools
+import hashlib
+import http.client
+import json
+import math
+import os
+import sys
+import time
+import urllib.request
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from PIL import Image
+
+NOISE_BLOCK = 8                                             # steps of noise drawn at a time for one image
+POSITIVE = (sys.float_info.min, math.inf)                   # a range for `check_ranges`
+
+
+# -------------------------------------------------------------------------------- errors and the command line
+
+class UserError(Exception):
+    """A mistake in a flag or in a file from outside: shown as one line, without a traceback."""
+
+
+def is_first_process():
+    """Whether this process speaks for all of torchrun's."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def command_line(main):
+    """Runs main(). UserError: '<script>: error: <message>' on stderr (under torchrun by rank 0 only), exit
+    status 2. Ctrl-C: exit status 130."""
+    try:
+        main()
+    except UserError as error:
+        if is_first_process():
+            print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def parser_of(doc):
+    """An ArgumentParser whose --help begins with the script's docstring, which shows its commands."""
+    return argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
+def check_ranges(args, **ranges):
+    """Refuses the first flag that lies outside its range, ends included: name=(low, high). A flag of None is
+    not given.
+
+    Raises UserError that names flag, value and range. NaN and infinity lie outside of every range.
+    """
+    for name, (low, high) in ranges.items():
+        value = getattr(args, name)
+        if value is not None and not (low <= value <= high and math.isfinite(value)):
+            wanted = f"from {low:g} to {high:g}" if high < math.inf else f"at least {low:g}"
+            raise UserError(f"--{name.replace('_', '-')} {value}: must be "
+                            f"{'positive' if (low, high) == POSITIVE else wanted}")
+
+
+# ------------------------------------------------------------------------------------------------------ files
+
+@contextlib.contextmanager
+def atomic_write(path):
+    """Yields a temporary Path in the same folder, with the same suffix. On success it is fsynced and becomes
+    `path` in one step; on an exception it is removed; what a killed run leaves is overwritten by the next.
+    UserError if the folder cannot be written, the disk is full, or another process is writing the same
+    file."""
+    path = Path(path)
+    partial = path.with_name(".partial-" + path.name)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "it is a folder")
+        lock = open(partial, "ab")
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from error
+    with lock:                                             # the lock ends with the process, however that ends
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"cannot write {path}: another process is writing it") from None
+        except OSError:
+            pass                                            # a file system without locks
+        try:
+            yield partial
+            with open(partial, "rb") as file:
+                os.fsync(file.fileno())
+            os.replace(partial, path)
+        except BaseException as error:
+            partial.unlink(missing_ok=True)
+            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise UserError(f"cannot write {path}: {error.strerror}") from error
+            raise
+
+
+def write_json(path, value):
+    """Writes a value as JSON, atomically. ValueError where it holds a NaN or an infinity, which are not
+    JSON."""
+    with atomic_write(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n")
+
+
+def sha256_of(path):
+    """SHA-256 of a file, as 64 hexadecimal digits."""
+    with open(path, "rb") as file:
+        digest = hashlib.sha256()
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def download(urls, path, sha256, size):
+    """Fetches a file of `size` bytes with a known SHA-256 from the first of `urls` that has it, unless `path`
+    is that file already. -> its Path. UserError names all the sources and where to put the file by hand."""
+    path, failures = Path(path), []
+    if path.exists():
+        if sha256_of(path) == sha256:
+            return path
+        raise UserError(f"{path} is not the file expected (its sha256 is not {sha256}): delete it")
+    for url in urls:
+        try:
+            with (atomic_write(path) as partial, open(partial, "wb") as file,
+                  urllib.request.urlopen(url, timeout=30) as answer):
+                progress = Progress(size // 1_000_000, "MB", f"download {path.name}")
+                while file.tell() <= size and (block := answer.read(1 << 20)):
+                    file.write(block)
+                    progress.update(file.tell() // 1_000_000)
+                file.flush()
+                if sha256_of(partial) != sha256:
+                    raise ValueError(f"{file.tell():,} bytes, not the {size:,} with the right sha256")
+                progress.close()
+            return path
+        except (OSError, ValueError, http.client.HTTPException) as error:
+            failures.append(f"{url}: {error or type(error).__name__}")
+    raise UserError(f"could not download {path.name} ({'; '.join(failures)}). Fetch it by hand from one of "
+                    f"these sources and put it at {path} (sha256 {sha256})")
+
+
+class Progress:
+    """Progress on stderr with rate and remaining time: in place every 0.5 s on a terminal, else a line every
+    10 s. Silent in all processes but the first."""
+
+    def __init__(self, total, unit="images", label=""):
+        self.total, self.unit, self.label, self.done = total, unit, label, 0
+        self.begin = self.shown = time.monotonic()
+        self.terminal = sys.stderr.isatty()
+
+    @property
+    def rate(self):
+        """Units per second so far."""
+        return self.done / max(time.monotonic() - self.begin, 1e-9)
+
+    def _show(self, text, end="\n"):
+        if is_first_process():
+            print(f"\r\x1b[K{text}" if self.terminal else text, end=end, file=sys.stderr, flush=True)
+
+    def update(self, done, **values):
+        """`done` units are finished; `values` (name=number or text) are shown beside."""
+        self.done = done
+        if time.monotonic() - self.shown >= (0.5 if self.terminal else 10):
+            self.shown, left = time.monotonic(), int((self.total - done) / max(self.rate, 1e-9))
+            shown = [f"{v:.4g}" if isinstance(v, float) else str(v) for v in values.values()]
+            extra = "".join(f"  {name} {text}" for name, text in zip(values, shown))
+            self._show(f"{self.label}: {done:,}/{self.total:,} {self.unit}  {self.rate:.4g}/s  "
+                       f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02} left{extra}",
+                       end="" if self.terminal else "\n")
+
+    def close(self):
+        """Shows the final line."""
+        seconds = time.monotonic() - self.begin
+        self._show(f"{self.label}: {self.done:,} {self.unit}, {self.rate:.4g}/s, {seconds:.1f} s")
+
+
+# -------------------------------------------------------------------------------------------------- processes
+
+def start_processes(join=True, tf32=True):
+    """-> rank, world, device, tf32 of this process: one process as it stands, or one of torchrun's.
+
+    join: whether torchrun's processes form a group, as collectives need. tf32: whether a GPU may multiply in
+    TF32; what is returned says whether it does, for the protocol.
+    """
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+        torch.backends.cudnn.benchmark = True
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = tf32
+    if join and world > 1 and not dist.is_initialized():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    return SimpleNamespace(rank=rank, world=world, device=device, tf32=tf32 and device.type == "cuda")
+
+
+def gather(value):
+    """The `value` of every process, in order of rank."""
+    values = [value]
+    if dist.is_initialized():
+        values = [None] * dist.get_world_size()
+        dist.all_gather_object(values, value)
+    return values
+
+
+def all_sum(tensor):
+    """The sum of a tensor over all processes."""
+    if dist.is_initialized():
+        tensor = tensor.clone()
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def together(work):
+    """work() in every process -> what it gives here; a UserError in one is raised in all, so that none waits for
+    one that has gone."""
+    mistake = result = None
+    try:
+        result = work()
+    except UserError as error:
+        mistake = str(error)
+    for mistake in gather(mistake):
+        if mistake:
+            raise UserError(mistake)
+    return result
+
+
+# --------------------------------------------------------------------------------------------- random streams
+
+@functools.lru_cache(maxsize=4096)
+def _stream_of(purpose, seed):
+    return int.from_bytes(hashlib.blake2b(f"{purpose} {seed}".encode(), digest_size=8).digest(), "big")
+
+
+def stream_seed(purpose, seed, index=0):
+    """A 64-bit seed for the random stream number `index` (an image, a training step) of a purpose and a
+    user's seed.
+
+    Purposes and seeds are hashed, so that none is a shift of another; within one, no two indices share a
+    stream.
+    """
+    return (_stream_of(purpose, seed) + index) % 2**64
+
+
+def generator(purpose, seed, index=0, device="cpu"):
+    """The random generator of `stream_seed`. The CPU's takes the lower 32 bits: there the streams of 50,000
+    images of two seeds overlap with a probability of 2e-5."""
+    return torch.Generator(device).manual_seed(stream_seed(purpose, seed, index))
+
+
+def image_noise(purpose, seed, indices, shape, device="cpu"):
+    """Yields standard normal tensors [B, *shape] without end, row k a function of (purpose, seed, indices[k])
+    alone.
+
+    Of the sampler's stream the first is x_T, the next are the z of one step after the other.
+    """
+    generators = [generator(purpose, seed, index, device) for index in indices]
+    while True:
+        draws = [torch.randn(NOISE_BLOCK, *shape, generator=g, device=device) for g in generators]
+        yield from torch.stack(draws, dim=1)
+
+
+# ---------------------------------------------------------------------------------------- images and pictures
+
+def as_bytes(x):
+    """Images in [-1, 1], any shape, to uint8: round((x + 1) * 127.5), clipped. Truncation would darken them.
+    UserError if a value is not finite."""
+    x = np.asarray(x, dtype=np.float32)
+    if not np.isfinite(x).all():
+        raise UserError("the images hold values that are not finite (NaN or infinity)")
+    return np.clip(np.rint((x + 1) * 127.5), 0, 255).astype(np.uint8)
+
+
+def save_grid(images, path, columns=None):
+    """Writes uint8 images [N, H, W, 3] as one PNG, row by row, `columns` to a row (default: about square)."""
+    count, height, width, _ = images.shape
+    columns = columns or math.ceil(math.sqrt(count))
+    rows = math.ceil(count / columns)
+    grid = np.full((rows * (height + 2) - 2, columns * (width + 2) - 2, 3), 255, np.uint8)
+    for i, image in enumerate(images):
+        top, left = i // columns * (height + 2), i % columns * (width + 2)
+        grid[top:top + height, left:left + width] = image
+    with atomic_write(path) as temporary:
+        Image.fromarray(grid).save(temporary, format="PNG")
+
+
+def noise_estimate(images):
+    """Noise deviation of each image (Immerkaer 1996), in the units of the pixels: array or tensor [N, 3, H,
+    W] -> [N].
+
+    The mask [[1,-2,1],[-2,4,-2],[1,-2,1]] does not see smooth structure. Its mean absolute response is scaled
+    to be the deviation if the image is white Gaussian noise, and averaged over the channels. Texture counts
+    as noise."""
+    x = 1.0 * images                                        # bytes become floats
+    x = x[..., :-2, :] - 2 * x[..., 1:-1, :] + x[..., 2:, :]
+    x = x[..., :-2] - 2 * x[..., 1:-1] + x[..., 2:]         # [N, 3, H-2, W-2]
+    return math.sqrt(math.pi / 2) / 6 * abs(x).mean(axis=(1, 2, 3))
+
+
+def pyplot():
+    """matplotlib's pyplot, for drawing into files; None, said in one line, where matplotlib is not
+    installed."""
+    try:
+        import matplotlib
+        matplotlib.use("Agg")
+        from matplotlib import pyplot as plt
+        return plt
+    except ImportError:
+        print("no figures: matplotlib is not installed (pip install matplotlib)")
+        return None
+
+
+def save_figure(figure, path):
+    """Writes a matplotlib figure as PNG, atomically, and closes it. -> the path."""
+    from matplotlib import pyplot as plt                    # installed, or there would be no figure
+    with atomic_write(path) as temporary:
+        figure.savefig(temporary, dpi=110)
+    plt.close(figure)
+    return path
