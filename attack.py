@@ -275,14 +275,15 @@ def needed(asked):
 
 def summary(measures, protocol):
     """The measures of all shards as one dict: means over the images and, but for the distances, over the
-    attacked steps; None where nothing was counted. L2 of an image, rms of a pixel."""
+    attacked steps; None where nothing was counted, or it is not finite. L2 of an image, rms of a pixel."""
     sums, n = Counter(), protocol["num_samples"]
     for shard in measures:
         sums.update(shard)
     pixels = sums["pixels"] / len(measures)
 
     def mean(name, count):
-        return sums[name] / sums[count] if sums[count] else None
+        measured = name in sums and sums[count] and math.isfinite(sums[name])
+        return sums[name] / sums[count] if measured else None
 
     return dict(
         n=n, seconds_per_image=sums["seconds"] / n, forwards=mean("forwards", "steps"),
@@ -308,9 +309,11 @@ def sentences(result, protocol):
     if asked["name"] != "noise":
         trust = "" if r.zero_gradients + r.broken_gradients < 0.01 else ": DO NOT TRUST THIS ATTACK"
         yield f"gradient   {r.zero_gradients:.2%} zero everywhere, {r.broken_gradients:.2%} not finite{trust}"
-        climbs = "" if r.cost_end > r.cost_start else ": IT DOES NOT CLIMB"
-        yield (f"objective  {r.cost_start:.4g} at the random start, {r.cost_end:.4g} at the end{climbs}; "
-               f"{r.signs_of_start:.1%} of the signs are the start's")
+        costs = "not finite: DO NOT TRUST THIS ATTACK"
+        if r.cost_start is not None and r.cost_end is not None:
+            climbs = "" if r.cost_end > r.cost_start else ": IT DOES NOT CLIMB"
+            costs = f"{r.cost_start:.4g} at the random start, {r.cost_end:.4g} at the end{climbs}"
+        yield f"objective  {costs}; {r.signs_of_start:.1%} of the signs are the start's"
     yield (f"moved      rms {r.rms:.4f} a pixel, L2 {r.l2:.3f} an image, from the undisturbed images of the "
            "same noise")
     if asked["name"] != "noise":

@@ -1,4 +1,4 @@
-"""What all tests share: the kit on the path, one thread, tiny data and runs, and two processes started once a session."""
+"""What all tests share: the kit on the path, one thread, tiny data, and two processes started once a session."""
 
 import json
 import os
@@ -10,7 +10,6 @@ import pytest
 import torch
 
 HERE = Path(__file__).resolve().parent
-SHARED = HERE.parent / "shared"                             # reference values too large to ship, where they are at hand
 TINY = "--channels 32 --res-blocks 1 --mult 1,2 --attn 4 --heads 2 --size 8 --batch 8".split()
 
 os.environ["OMP_NUM_THREADS"] = "1"                         # of the processes that tests start
@@ -30,7 +29,7 @@ def shapes(tmp_path_factory):
     """A folder with a prepared data set: 64 shapes of 8x8 pixels."""
     import data
     folder = tmp_path_factory.mktemp("data")
-    data.main(["shapes", "--n", "64", "--size", "8", "--workers", "1", "--out", str(folder)])
+    data.main(["shapes", "--num-samples", "64", "--size", "8", "--workers", "1", "--out", str(folder)])
     return folder
 
 
@@ -38,14 +37,14 @@ def shapes(tmp_path_factory):
 def two_processes(request, tmp_path_factory):
     """Runs what the test files ask of two processes, all of it under one torchrun.
 
-    A test file that needs it has a function two_process_jobs(folder, shapes) -> [(name, script, argv), ...], which may
-    put files into folder. -> folder and results: {name: [of rank 0, of rank 1]}, each "ok" or the error's one line.
+    A test file that needs it has a function two_process_jobs(folder, shapes) -> [(name, script, argv), ...], which
+    may put files into folder. -> folder; results {name: [of rank 0, of rank 1]}, each "ok" or the error's line.
     """
     folder, jobs = tmp_path_factory.mktemp("two"), []
     for module in dict.fromkeys(item.module for item in request.session.items):
         if hasattr(module, "two_process_jobs"):
             jobs += module.two_process_jobs(folder, request.getfixturevalue("shapes"))
-    (folder / "jobs.json").write_text(json.dumps([[name, script, list(map(str, argv))] for name, script, argv in jobs]))
+    (folder / "jobs.json").write_text(json.dumps([(name, script, [*map(str, argv)]) for name, script, argv in jobs]))
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     done = subprocess.run([*launch, str(HERE / "tests" / "two_processes.py"), str(folder)], capture_output=True,
                           text=True, timeout=300)

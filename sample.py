@@ -11,6 +11,7 @@ depends on the seed and on i alone. A killed run goes on where it stopped.
 """
 
 import json
+import math
 import shutil
 import time
 import zipfile
@@ -144,7 +145,7 @@ def open_job(args):
 
 
 def generate(job, out, attack_on=None):
-    """Samples the images of a job into `out` on all processes, in shards that are kept until the .npz is whole.
+    """Samples the images of a job into `out` on all processes, in shards that are kept until all are there.
 
     attack_on(indices) -> what `sample` takes as its attack, for the images of these indices, with a method
     measures() -> a dict. -> the measures of all shards, in the first process; [] in the others.
@@ -166,6 +167,8 @@ def generate(job, out, attack_on=None):
         attack = attack_on(indices) if attack_on else None
         x_0 = sample(job.model, job.schedule, noise, **job.how, attack=attack)
         x_0 = x_0.permute(0, 2, 3, 1).cpu().numpy()         # [B, H, W, C]
+        if not np.isfinite(x_0).all():
+            raise UserError(f"{protocol['checkpoint']}: its samples hold values that are not finite")
         shards.write(k, x_0 if data["float_data"] else as_bytes(x_0), attack and attack.measures(x_0))
         progress.update(progress.done + len(x_0))
     if not first:
@@ -222,8 +225,7 @@ class Shards:
         """Waits for the shards of all processes, streams them into the .npz, draws the grid, removes the
         folder.
 
-        -> the images of the first shard, float [B, C, H, W] in [-1, 1] or data units; the measures of all
-        shards.
+        -> the images of the grid, float [B, C, H, W] in [-1, 1] or data units; the measures of all shards.
         """
         paths = [self.path(k) for k in range(len(self))]
         for path in paths:
@@ -239,12 +241,13 @@ class Shards:
                     member.write(np.ascontiguousarray(np.load(path, allow_pickle=False)).tobytes())
             with archive.open("protocol.npy", "w") as member:
                 np.lib.format.write_array(member, np.array(json.dumps(self.protocol)), allow_pickle=False)
-        grid = first[:64] if first.dtype == np.uint8 else as_bytes(first[:64])
-        save_grid(grid, self.out.with_suffix(".png"))
+        some = [np.load(path, allow_pickle=False) for path in paths[:math.ceil(64 / self.protocol["batch"])]]
+        some = np.concatenate(some)[:64]
+        save_grid(some if some.dtype == np.uint8 else as_bytes(some), self.out.with_suffix(".png"))
         notes = [path.with_suffix(".json") for path in paths]
         measures = [json.loads(note.read_text()) for note in notes if note.exists()]
         shutil.rmtree(self.folder)
-        return (first / 127.5 - 1 if first.dtype == np.uint8 else first).transpose(0, 3, 1, 2), measures
+        return (some / 127.5 - 1 if some.dtype == np.uint8 else some).transpose(0, 3, 1, 2), measures
 
 
 def main(argv=None):

@@ -369,7 +369,8 @@ def test_step_is_algorithm_1(method, monkeypatch):
     terms = train.training_loss(other, schedule, x_0, step, eps, beta, u, method, lam=0.7, omega=3.0, gamma=0.1,
                                 lam_units="eps")
     sum(term.mean() for term in terms.values()).backward()
-    assert {k: float(v) for k, v in losses.items()} == pytest.approx({k: float(v.mean()) for k, v in terms.items()})
+    means = {name: float(term.detach().mean()) for name, term in terms.items()}
+    assert {name: float(loss) for name, loss in losses.items()} == pytest.approx(means)
     expected = torch.cat([p.grad.flatten() for p in other.parameters()])
     assert difference(gradients(t), expected) < 1e-5
     moved = torch.cat([(p - b).flatten() for p, b in zip(t.parameters, other.parameters())])
@@ -451,7 +452,7 @@ def on_meta(monkeypatch):
     """The meta device, on which reading a value raises, as does a tensor of another device: it has no autocast, no
     generators and no fused optimiser, which are stubbed."""
     plain = torch.optim.AdamW
-    monkeypatch.setattr(torch.optim, "AdamW", lambda parameters, fused, **settings: plain(parameters, **settings))
+    monkeypatch.setattr(torch.optim, "AdamW", lambda parameters, lr, weight_decay, fused: plain(parameters, lr))
     monkeypatch.setattr(torch, "autocast", nothing)
     for module in (train, attack):
         monkeypatch.setattr(module, "generator", lambda *args: None, raising=False)

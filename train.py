@@ -29,9 +29,9 @@ import torch
 import torch.distributed as dist
 
 import beyond
-from common import (POSITIVE, Progress, UserError, as_bytes, atomic_write, check_ranges, command_line, gather,
-                    generator, image_noise, noise_estimate, parser_of, save_grid, sha256_of, start_processes,
-                    stream_seed, write_json)
+from common import (POSITIVE, Progress, UserError, as_bytes, atomic_write, check_ranges, command_line,
+                    gather, generator, image_noise, is_first_process, noise_estimate, parser_of, save_grid,
+                    sha256_of, start_processes, stream_seed, write_json)
 from data import Images
 from sample import sample, split_output
 from unet import (PRESETS, Schedule, UNet, at, expand, in_bfloat16, load_checkpoint, network_of,
@@ -207,7 +207,7 @@ class Trainer:
             self.network = in_bfloat16(self.network, process.device)
         self.parameters = list(self.model.parameters())
         self.ema = [p.detach().clone() for p in self.parameters]
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=self.settings["lr"], weight_decay=0.0, fused=True)
+        self.optimizer = torch.optim.AdamW(self.parameters, self.settings["lr"], weight_decay=0.0, fused=True)
         self.step, self.ema_updates = 0, 0
         self.rows = slice(process.rank, None, process.world)             # of the global batch: this process's
         self.microbatch = microbatch or self.settings["batch"]
@@ -245,7 +245,8 @@ class Trainer:
         self.ema_updates += 1
         warm_up = (1 + self.ema_updates) / (10 + self.ema_updates)            # or the average starts as noise
         decay = min(self.settings["ema"], warm_up)
-        torch._foreach_lerp_(self.ema, self.parameters, 1 - decay)
+        with torch.no_grad():                           # or every average would keep the history of all steps
+            torch._foreach_lerp_(self.ema, self.parameters, 1 - decay)
         return losses
 
     def microbatches(self, parts):
@@ -255,7 +256,7 @@ class Trainer:
                 yield slice(first, min(first + self.microbatch, rows.stop)), method, strength
 
     def with_one_dropout_mask(self, rows):
-        """The network, its dropout mask the same in all passes over some rows of a step: or Eq. 6 measures it."""
+        """The network, its dropout mask one for all passes over some rows of a step: or Eq. 6 measures it."""
         if not self.config["network"]["dropout"]:
             return self.network
         row = self.process.rank + self.process.world * rows.start               # in the global batch
@@ -434,6 +435,9 @@ def check_same(out, there, now):
     """Refuses to go on with a run that another command began, naming every setting that differs."""
     differing = [f"{name} was {there[group].get(name)} and is now {value}" for group in now
                  for name, value in now[group].items() if there[group].get(name) != value]
+    if there["training"].get("streams") != STREAMS:
+        raise UserError(f"--out {out} holds a run that another version of train.py began, with other random "
+                        "streams: sample from it, start from it with --init, or choose another --out")
     if differing:
         raise UserError(f"--out {out} holds another run: {'; '.join(differing)}. Give the same settings, or "
                         "another --out")
@@ -602,8 +606,9 @@ def main(argv=None):
     if saved is not None:
         check_same(args.out, saved["config"], config)
         if saved["step"] >= args.steps:
-            print(f"{args.out}/checkpoint.pt is at step {saved['step']} already: nothing to do (--steps "
-                  f"{args.steps})")
+            if is_first_process():
+                print(f"{args.out}/checkpoint.pt is at step {saved['step']} already: nothing to do (--steps "
+                      f"{args.steps})")
             return
     process = start_processes()
     check_processes_agree(config)
@@ -620,7 +625,8 @@ def main(argv=None):
     assumed = assumed_noise(images, args.flags, args.sigma_known) if args.method == "ambient" else None
     log = Log(args.out / "log.jsonl", trainer.step, process.rank == 0)
     log.say(describe(args, config, trainer, images, assumed))
-    code = {file.name: sha256_of(file)[:12] for file in sorted(Path(__file__).parent.glob("*.py"))}
+    code = {f"{name}.py": sha256_of(Path(__file__).with_name(f"{name}.py"))[:12]
+            for name in ("train", "beyond", "unet", "sample", "data", "common")}
     log.record(step=trainer.step, event="start", config=config, world=process.world, tf32=process.tf32,
                device=process.device.type, torch=torch.__version__, code=code)
     run(args, trainer, images, assumed, log)

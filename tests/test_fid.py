@@ -529,7 +529,7 @@ def two_process_jobs(folder, shapes):
             ("fid-exact", "fid", [folder / "s.npz", "--ref", "subspace", "--data-dir", folder]),
             ("fid-inception", "fid", [folder / "five.npz", "--ref", folder / "two.npz", "--weights",
                                       folder / "rule.pth", "--splits", 4]),
-            ("fid-alone", "per_rank", ["fid", folder / "{rank}.npz", *pixels]),
+            ("fid-alone", "fid", [folder / "{rank}.npz", *pixels]),
             ("fid-late", "fid", [folder / "late", *pixels])]
 
 

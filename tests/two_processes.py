@@ -1,4 +1,7 @@
-"""One of two processes, started by conftest.py under torchrun: runs the jobs of FOLDER/jobs.json one after another."""
+"""One of two processes, started by conftest.py under torchrun: runs the jobs of FOLDER/jobs.json in order.
+
+In a job's arguments {rank} stands for 0 or 1, for what differs between two machines.
+"""
 
 import contextlib
 import importlib
@@ -19,6 +22,7 @@ if __name__ == "__main__":
     folder, results = Path(sys.argv[1]), {}
     process = start_processes()
     for name, script, argv in json.loads((folder / "jobs.json").read_text()):
+        argv = [part.replace("{rank}", os.environ["RANK"]) for part in argv]
         results[name] = "ok"
         with open(folder / f"{name}-{process.rank}.out", "w") as out, contextlib.redirect_stdout(out):
             try:
@@ -29,6 +33,6 @@ if __name__ == "__main__":
                 results[name] = f"exit {leaving.code}"
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, signal.SIG_DFL)
-        torch.distributed.barrier()                         # the next job may read what this one's rank 0 writes last
+        torch.distributed.barrier()                 # the next job may read what this one's rank 0 writes last
     (folder / f"results-{os.environ['RANK']}.json").write_text(json.dumps(results))
     torch.distributed.destroy_process_group()

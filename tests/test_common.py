@@ -1,0 +1,211 @@
+"""common.py: what every stage relies on."""
+
+import hashlib
+import json
+import os
+import resource
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import scipy.signal
+from PIL import Image
+
+import common
+from common import POSITIVE, UserError, atomic_write, check_ranges, generator, stream_seed
+
+PURPOSES = "weights", "order", "flags", "train", "dropout", "sample", "attack"
+
+
+# ------------------------------------------------------------------------------- errors and the command line
+
+def test_command_line(monkeypatch, capsys):
+    """Catches a traceback for a user's mistake, a wrong exit status, and the message printed by every rank."""
+    def wrong():
+        raise UserError("--p is wrong")
+
+    def stopped():
+        raise KeyboardInterrupt
+    monkeypatch.setattr(sys, "argv", ["/somewhere/train.py"])
+    for rank, text in ((None, "train.py: error: --p is wrong\n"), ("0", "train.py: error: --p is wrong\n"),
+                       ("1", "")):
+        monkeypatch.setenv("RANK", rank) if rank else monkeypatch.delenv("RANK", raising=False)
+        with pytest.raises(SystemExit) as leaving:
+            common.command_line(wrong)
+        assert leaving.value.code == 2 and capsys.readouterr().err == text
+    with pytest.raises(SystemExit) as leaving:
+        common.command_line(stopped)
+    assert leaving.value.code == 130
+    with pytest.raises(ZeroDivisionError):                  # a bug keeps its traceback
+        common.command_line(lambda: 1 / 0)
+
+
+def test_check_ranges():
+    """Catches an end that is left out, NaN or infinity let through, 0 taken for "not given", and a message that names
+    another flag or range."""
+    args = SimpleNamespace(steps=0, p=1.0, lr=1e-300, seed=None)
+    check_ranges(args, steps=(0, 9), p=(0, 1), lr=POSITIVE, seed=(0, 1))
+    for flag, value, limits, expected in [
+            ("steps", 0, (1, np.inf), "--steps 0: must be at least 1"), ("steps", 10, (0, 9), "from 0 to 9"),
+            ("p", 1.01, (0, 1), "--p 1.01: must be from 0 to 1"), ("p", -0.01, (0, 1), "from 0 to 1"),
+            ("lr", 0.0, POSITIVE, "--lr 0.0: must be positive"), ("lr", np.nan, POSITIVE, "--lr nan"),
+            ("lr", np.inf, POSITIVE, "--lr inf"), ("reg_share", 2, (0, 1), "--reg-share 2:")]:
+        with pytest.raises(UserError, match=expected):
+            check_ranges(SimpleNamespace(**{flag: value}), **{flag: limits})
+
+
+# ----------------------------------------------------------------------------------------------------- files
+
+def test_atomic_write(tmp_path):
+    """Catches a half-written file under the final name, a temporary file left behind, a temporary name that numpy would
+    add .npz to, an old partial that hurts, two writers of one file, a traceback for a folder that cannot be written."""
+    path = tmp_path / "new" / "a.npz"
+    with atomic_write(path) as partial:
+        assert partial.parent == path.parent and partial.suffix == ".npz"
+        np.savez(partial, x=1)
+        assert not path.exists()
+        with pytest.raises(UserError, match="another process"):
+            with atomic_write(path):
+                pass
+    assert os.listdir(path.parent) == ["a.npz"]
+    good = path.read_bytes()
+    with pytest.raises(ZeroDivisionError):
+        with atomic_write(path) as partial:
+            partial.write_bytes(b"half")
+            1 / 0
+    assert os.listdir(path.parent) == ["a.npz"] and path.read_bytes() == good
+    partial.write_bytes(b"left by a killed run" * 100)
+    with atomic_write(path) as partial:
+        partial.write_bytes(b"new")
+    assert os.listdir(path.parent) == ["a.npz"] and path.read_bytes() == b"new"
+    for bad in (path / "b.npz", path.parent, Path("/dev/null/a.npz")):
+        with pytest.raises(UserError, match=f"cannot write {bad}"):
+            with atomic_write(bad):
+                pass
+
+
+def test_full_disk(tmp_path):
+    """Catches a traceback, or a partial file, where the disk fills up: here the largest size of a file does."""
+    (tmp_path / "a").write_bytes(b"before")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, limits[1]))
+    try:
+        with pytest.raises(UserError, match="cannot write .*a: File too large"):
+            with atomic_write(tmp_path / "a") as partial:
+                partial.write_bytes(bytes(300_000))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [file.read_bytes() for file in tmp_path.iterdir()] == [b"before"]
+
+
+def test_write_json(tmp_path):
+    """Catches NaN, which other readers of JSON refuse, in a file, and a file that it has spoilt."""
+    common.write_json(tmp_path / "a.json", {"value": [1, None]})
+    with pytest.raises(ValueError):
+        common.write_json(tmp_path / "a.json", {"value": float("nan")})
+    assert os.listdir(tmp_path) == ["a.json"]
+    assert json.loads((tmp_path / "a.json").read_text()) == {"value": [1, None]}
+
+
+def test_download(tmp_path):
+    """Catches a download that is not verified, sources that are not tried in turn, a partial file that stays, a good
+    file fetched again, and a message that does not say where to put the file."""
+    content = os.urandom((1 << 21) + 100)                   # the last block is small enough to stay in a buffer
+    sha, good, bad = hashlib.sha256(content).hexdigest(), tmp_path / "good", tmp_path / "bad"
+    good.write_bytes(content)
+    bad.write_bytes(content[:-1])
+    out = tmp_path / "out" / "file.bin"
+    urls = [(tmp_path / "missing").as_uri(), bad.as_uri(), good.as_uri()]
+    assert common.download(urls, out, sha, len(content)) == out and out.read_bytes() == content
+    good.unlink()
+    assert common.download(urls, out, sha, len(content)) == out
+    out.write_bytes(b"other")
+    with pytest.raises(UserError, match="delete it"):
+        common.download(urls, out, sha, len(content))
+    assert out.read_bytes() == b"other"
+    out.unlink()
+    with pytest.raises(UserError) as error:
+        common.download(urls, out, sha, len(content))
+    assert all(text in str(error.value) for text in (*urls, str(out), sha)) and os.listdir(out.parent) == []
+
+
+def test_progress(monkeypatch, capsys):
+    """Catches a wrong rate or remaining time, output from every rank, and a flood of lines in a log file."""
+    clock = [100.0]
+    monkeypatch.setattr(common.time, "monotonic", lambda: clock[0])
+    progress = common.Progress(100_000, "steps", "training")
+    for done in range(0, 201):
+        clock[0] = 100 + done / 4
+        progress.update(done, loss=0.123456)
+    assert progress.rate == pytest.approx(4)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 5 and "training: 200/100,000 steps" in lines[-1] and "6:55:50 left" in lines[-1]
+    assert "loss 0.1235" in lines[-1] and "4/s" in lines[-1]
+    progress.close()
+    assert "200 steps" in capsys.readouterr().err
+    monkeypatch.setenv("RANK", "1")
+    clock[0] += 100
+    progress.update(300)
+    progress.close()
+    assert capsys.readouterr().err == ""
+
+
+# -------------------------------------------------------------------------------------------- random streams
+
+def test_no_two_random_streams_meet():
+    """Catches a purpose or seed that is a shift of another (x_T of image 5 was the noise of step 5), a seed cut to 32
+    bits (seed 2^32 was seed 0), and a change of the streams, which no old sample survives."""
+    seeds = {(purpose, seed): stream_seed(purpose, seed)
+             for purpose in PURPOSES for seed in [*range(100), 2**32, 2**63]}
+    for bits, chosen in ((64, seeds.values()),                          # a GPU's generator takes all of the seed
+                         (32, [seeds[purpose, seed] for purpose in PURPOSES for seed in range(3)])):  # a CPU's these
+        starts = sorted(seed % 2**bits for seed in chosen)
+        gaps = [after - before for before, after in zip(starts, [*starts[1:], starts[0] + 2**bits])]
+        assert min(gaps) > 50_000                           # images of the paper's FID
+    first = [generator(purpose, 0, index).initial_seed() for purpose in PURPOSES for index in range(1000)]
+    assert len(set(first)) == len(first)
+    assert stream_seed("sample", 0, 5) == 2902307207075178974 + 5
+
+
+# --------------------------------------------------------------------------------------- images and pictures
+
+def test_as_bytes():
+    """Catches truncation instead of rounding, a missing clip (wrap-around), and NaN that becomes a grey level."""
+    x = np.linspace(-1.5, 1.5, 4001)
+    expected = [min(255, max(0, int(np.floor((v + 1) * 127.5 + 0.5)))) for v in x]
+    assert common.as_bytes(x).tolist() == expected and common.as_bytes(x).dtype == np.uint8
+    levels = np.arange(256, dtype=np.uint8)
+    np.testing.assert_array_equal(common.as_bytes(levels.astype(np.float32) / 127.5 - 1), levels)
+    for bad in (np.nan, np.inf):
+        with pytest.raises(UserError, match="not finite"):
+            common.as_bytes(np.array([0, bad]))
+
+
+def test_noise_estimate():
+    """Catches a wrong mask, scale, border or mean over channels: against the formula with a 2-D convolution, white noise
+    of known size, and a plane (no noise)."""
+    rng = np.random.default_rng(1)
+    x = rng.normal(0, [[[[0.1]], [[0.2]], [[0.3]]]], (4, 3, 40, 24))
+    mask = np.array([[1, -2, 1], [-2, 4, -2], [1, -2, 1]])
+    scale = np.sqrt(np.pi / 2) / (6 * 38 * 22)
+    expected = [np.mean([scale * np.abs(scipy.signal.convolve2d(channel, mask, "valid")).sum() for channel in image])
+                for image in x]
+    np.testing.assert_allclose(common.noise_estimate(x), expected, rtol=1e-12)
+    assert abs(common.noise_estimate(rng.normal(0, 0.2, (8, 3, 64, 64))).mean() - 0.2) < 0.002
+    i, j = np.mgrid[:16, :16]
+    assert common.noise_estimate(np.broadcast_to(0.01 * i - 0.02 * j + 0.3, (1, 3, 16, 16)))[0] < 1e-12
+
+
+def test_save_grid(tmp_path):
+    """Catches rows and columns exchanged, images in the wrong order, a lossy or rescaled picture."""
+    images = np.arange(5, dtype=np.uint8)[:, None, None, None] * np.ones((1, 4, 6, 3), np.uint8) * 40
+    for columns, name in ((3, "three.png"), (None, "square.png")):
+        common.save_grid(images, tmp_path / name, columns)
+        grid = np.asarray(Image.open(tmp_path / name))
+        assert grid.shape == (4 * 2 + 2, 6 * 3 + 4, 3)
+        for k in range(5):
+            top, left = k // 3 * 6, k % 3 * 8
+            assert (grid[top:top + 4, left:left + 6] == 40 * k).all()
+        assert (grid[4:6] == 255).all() and (grid[6:, 16:] == 255).all()

@@ -1,0 +1,563 @@
+"""data.py: what is read from a prepared data set, how one is prepared, and what is refused."""
+
+import contextlib
+import errno
+import hashlib
+import io
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+import zipfile
+import zlib
+from concurrent.futures import ThreadPoolExecutor, TimeoutError
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import scipy.stats
+from PIL import Image
+
+import data
+from common import UserError, noise_estimate
+from conftest import HERE
+from data import Images
+
+
+def store(folder, array, name="toy"):
+    """A prepared data set written without data.py: what its two files are, said a second time."""
+    folder.mkdir(exist_ok=True)
+    size = array.shape[2]
+    np.save(folder / f"{name}-{size}.npy", array)
+    facts = dict(name=name, size=size, count=len(array), dtype=str(array.dtype), low=-1.0, high=1.0)
+    (folder / f"{name}-{size}.json").write_text(json.dumps(facts))
+    return folder
+
+
+def toy(folder, count=2000, size=8):
+    return store(folder, np.random.default_rng(5).integers(0, 256, (count, 3, size, size), dtype=np.uint8))
+
+
+def png(colour, size=(40, 40), mode="RGB"):
+    file = io.BytesIO()
+    Image.new(mode, size, colour).save(file, "PNG")
+    return file.getvalue()
+
+
+def write_zip(path, files):
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in files.items():
+            archive.writestr(name, content, zipfile.ZIP_DEFLATED)
+    return path
+
+
+def write_tar(path, files, mode="w", **options):
+    with tarfile.open(path, mode, **options) as archive:
+        for name, content in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    return path
+
+
+def prepare(*argv):
+    """data.py in this process, with one worker if none are given."""
+    data.main([*map(str, argv), *([] if "--workers" in argv else ["--workers", "1"])])
+
+
+# ------------------------------------------------------------------------------------------ reading, corruption
+
+def test_read_scale(tmp_path):
+    """Catches a wrong scale: /128, /255, an offset, or float64."""
+    array = np.arange(256, dtype=np.uint8).repeat(3).reshape(4, 64, 3).transpose(0, 2, 1).reshape(4, 3, 8, 8)
+    x = Images("toy", 8, store(tmp_path, array)).read([3, 0])
+    assert x.dtype == np.float32 and x.shape == (2, 3, 8, 8)
+    assert x.min() == -1 and x.max() == 1 and x[0, 0, 7, 7] == 1 and x[1, 0, 0, 0] == -1
+    np.testing.assert_allclose(x, array[[3, 0]].astype(np.float64) * 2 / 255 - 1, atol=1e-7)
+
+
+def test_corruption_belongs_to_the_image(tmp_path):
+    """Catches noise keyed by position in the batch, call or epoch, and state left in the object by a read."""
+    images = Images("toy", 8, toy(tmp_path, 50), p=0.9, sigma=0.2, data_seed=3)
+    whole = images.read(np.arange(50))
+    assert len({row.tobytes() for row in whole}) == 50
+    for indices in ([7, 3, 41], [3], list(range(49, -1, -1)), [3, 3]):
+        np.testing.assert_array_equal(images.read(indices), whole[indices])
+    np.testing.assert_array_equal(images.read(np.arange(50)), whole)
+
+
+def test_corruption_of_nothing_is_exact(tmp_path):
+    """Catches noise of size zero that still rounds, and a coin with p = 0 that ever falls."""
+    folder, every = toy(tmp_path), np.arange(2000)
+    clean = Images("toy", 8, folder).read(every)
+    for p, sigma in ((0, 0.2), (0.9, 0)):
+        np.testing.assert_array_equal(Images("toy", 8, folder, p, sigma).read(every), clean)
+    assert not Images("toy", 8, folder, 0, 0.2).corrupted(every).any()
+    assert Images("toy", 8, folder, 1, 0.2).corrupted(every).all()
+
+
+def test_coin_and_noise_do_not_depend_on_p_and_sigma(tmp_path):
+    """Catches a coin or z drawn from the same stream as p or sigma decide, a wrong share, and seeds that do nothing."""
+    folder, every = toy(tmp_path), np.arange(2000)
+    clean = Images("toy", 8, folder).read(every)
+    half, most = Images("toy", 8, folder, 0.5, 0.1), Images("toy", 8, folder, 0.9, 0.2)
+    a, b = half.corrupted(every), most.corrupted(every)
+    assert not (a & ~b).any()
+    assert abs(a.mean() - 0.5) < 5 * (0.25 / 2000) ** 0.5 and abs(b.mean() - 0.9) < 5 * (0.09 / 2000) ** 0.5
+    z1, z2 = (half.read(every) - clean) / 0.1, (most.read(every) - clean) / 0.2
+    np.testing.assert_array_equal((z1 != 0).any(axis=(1, 2, 3)), a)
+    np.testing.assert_array_equal((z2 != 0).any(axis=(1, 2, 3)), b)
+    np.testing.assert_allclose(z1[a], z2[a], atol=1e-5)
+    other = Images("toy", 8, folder, 0.5, 0.1, data_seed=1)
+    assert 0.4 < (other.corrupted(every) == a).mean() < 0.6
+    both = a & other.corrupted(every)
+    assert abs(np.corrcoef((other.read(every) - clean)[both].ravel(), z1[both].ravel())[0, 1]) < 0.03
+
+
+def test_noise_is_white_and_normal(tmp_path):
+    """Catches streams of neighbouring images that overlap or are correlated, clipping, quantising, a bad start of a
+    stream (the first values over all images), and a coin tied to the noise. Limits are 5 standard deviations."""
+    folder, every = toy(tmp_path, 4000), np.arange(4000)
+    y = Images("toy", 8, folder, 1, 1).read(every)
+    z = (y.astype(np.float64) - Images("toy", 8, folder).read(every)).reshape(4000, 192)
+    assert np.abs(y).max() > 4 and len(np.unique(y)) > 0.9 * y.size
+    n = z.size
+    assert abs(z.mean()) < 5 / n ** 0.5 and abs((z ** 2).mean() - 1) < 5 * (2 / n) ** 0.5
+    assert abs((z ** 3).mean()) < 5 * (15 / n) ** 0.5 and abs((z ** 4).mean() - 3) < 5 * (96 / n) ** 0.5
+    assert scipy.stats.kstest(z.ravel(), "norm").pvalue > 1e-5
+    for shift in (1, 2, 4, 64):                             # of the pixels inside an image, and of the images
+        assert abs((z[:, shift:] * z[:, :-shift]).mean()) < 5 / z[:, shift:].size ** 0.5
+        assert np.abs((z[shift:] * z[:-shift]).mean(axis=1)).max() < 5.5 / 192 ** 0.5
+    for shift in (1, 2, 3):                                 # an image that is its neighbour a few values later
+        assert np.abs((z[1:, :-shift] * z[:-1, shift:]).mean(axis=1)).max() < 5.5 / (192 - shift) ** 0.5
+    first = z[:, :16]
+    assert np.abs(np.corrcoef(first.T) - np.eye(16)).max() < 5.5 / 4000 ** 0.5
+    assert min(scipy.stats.kstest(column, "norm").pvalue for column in first.T) > 1e-6
+    for p in (0.25, 0.5, 0.75):
+        coin = Images("toy", 8, folder, p, 1).corrupted(every) - p
+        for value in (first, (first ** 2 - 1) / 2 ** 0.5):
+            assert np.abs(coin @ value).max() < 5 * (4000 * p * (1 - p)) ** 0.5
+
+
+def test_noise_golden(tmp_path):
+    """Catches any change of the corruption, and one that depends on the process: the values were printed once."""
+    folder = store(tmp_path, np.full((4, 3, 8, 8), 255, np.uint8))
+    x = Images("toy", 8, folder, p=1, sigma=0.5, data_seed=7).read([2])[0, :, 0, 0]
+    np.testing.assert_allclose((x - 1) / 0.5, [0.347347, 0.154186, -0.521118], atol=2e-6)
+    coins = Images("toy", 8, folder, p=0.5, data_seed=7).corrupted(np.arange(4))
+    assert coins.tolist() == [True, False, False, True]
+
+
+def test_float_data_is_read_as_it_is(tmp_path):
+    """Catches scaling of float data to [-1, 1], and corruption written into the file."""
+    array = np.random.default_rng(0).normal(0, 3, (20, 3, 8, 8)).astype(np.float32)
+    folder = store(tmp_path, array)
+    np.testing.assert_array_equal(Images("toy", 8, folder).read([4, 2]), array[[4, 2]])
+    z = Images("toy", 8, folder, 1, 0.1).read(np.arange(20)) - array
+    assert abs(z.std() - 0.1) < 0.005
+    np.testing.assert_array_equal(np.load(folder / "toy-8.npy"), array)
+
+
+@pytest.mark.parametrize("given, expected", [
+    (dict(name="cifar10-test"), "python data.py cifar10 --size 32 --split test --out"),
+    (dict(name="celeba"), r"python data.py celeba --src \S+ --size 64"), (dict(name="mine"), "--size is needed"),
+    *[(dict(name="toy", size=8) | bad, "--p .* --sigma .* --data-seed") for bad in (
+        dict(p=-0.1), dict(p=1.1), dict(p=np.nan), dict(sigma=-1), dict(sigma=np.inf), dict(data_seed=-1))]])
+def test_images_refuse(given, expected, tmp_path):
+    """A message that says what to run, or which flag is wrong."""
+    with pytest.raises(UserError, match=expected):
+        Images(data_dir=toy(tmp_path, 2), **given)
+
+
+WHOLE = io.BytesIO()
+np.save(WHOLE, np.zeros((5, 3, 8, 8), np.uint8))
+WHOLE = WHOLE.getvalue()
+PICKLED = io.BytesIO()
+np.save(PICKLED, np.array([{}], dtype=object), allow_pickle=True)
+
+
+@pytest.mark.parametrize("array", [b"", WHOLE[:100], WHOLE[:-1], b"PK\x03\x04" + WHOLE, PICKLED.getvalue(),
+                                   WHOLE.replace(b"(5, 3, 8, 8)", b"(4, 3, 8, 8)")])
+def test_damaged_data_sets_are_named(array, tmp_path):
+    """Catches a traceback, or wrong images, for a file that is empty, cut, of another kind, a pickle, or too short."""
+    toy(tmp_path, 5)
+    (tmp_path / "toy-8.npy").write_bytes(array)
+    with pytest.raises(UserError, match="toy-8.npy or toy-8.json is damaged .*delete both"):
+        Images("toy", 8, tmp_path)
+    (tmp_path / "toy-8.npy").write_bytes(WHOLE)
+    (tmp_path / "toy-8.json").write_text("[]")
+    with pytest.raises(UserError, match="toy-8.json is damaged"):
+        Images("toy", 8, tmp_path)
+
+
+# ------------------------------------------------------------------------------------------------------ sources
+
+def test_sources_agree(tmp_path):
+    """Catches an order that depends on the archive, the folder or the workers; hidden files, folders and the __MACOSX
+    copies read as images; a link in an archive that is followed."""
+    files = {f"{'ab'[i % 2]}/{i * 7 % 150:03}.png": png((i, 2 * i % 256, 255 - i)) for i in range(150)}
+    expected = np.stack([np.asarray(Image.open(io.BytesIO(files[name])))[:16, :16].transpose(2, 0, 1)
+                         for name in sorted(files)])
+    every = files | {"__MACOSX/a/001.png": b"x", ".hidden.png": b"x", "a/.b.png": b"x", ".git/c.png": b"x",
+                     "a/readme.txt": b"x"}
+    for name, content in every.items():
+        (tmp_path / "folder" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "folder" / name).write_bytes(content)
+    write_zip(tmp_path / "z.zip", {"a/": "", **dict(reversed(every.items()))})
+    write_tar(tmp_path / "t.tar", {f"./{name}": content for name, content in every.items()})
+    with tarfile.open(tmp_path / "t.tar", "a") as archive:
+        link = tarfile.TarInfo("./a/link.png")
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        archive.addfile(link)
+    shas = set()
+    for src, workers in (("folder", 1), ("folder", 3), ("z.zip", 2), ("t.tar", 2)):
+        out = tmp_path / f"out-{src}-{workers}"
+        prepare("mine", "--src", tmp_path / src, "--size", 16, "--workers", workers, "--out", out)
+        images = Images("mine", 16, out)
+        np.testing.assert_array_equal(images.array, expected)
+        assert images.info["count"] == len(images) == 150 and (images.low, images.high) == (-1, 1)
+        shas.add(images.info["sha256"])
+    assert shas == {hashlib.sha256(expected.tobytes()).hexdigest()}
+    names, read = data.image_members(tmp_path / "folder")
+    assert names == sorted(files) and read(names[0]) == tmp_path / "folder" / names[0]
+    names, read = data.image_members(tmp_path / "t.tar")
+    assert names == [f"./{name}" for name in sorted(files)] and read("./a/000.png") == files["a/000.png"]
+
+
+@pytest.mark.parametrize("write", [write_zip, write_tar])
+def test_members_larger_than_an_image_are_not_read(write, tmp_path, monkeypatch):
+    """Catches memory taken before the size in the header is looked at: a bomb among the members."""
+    src = write(tmp_path / "archive", {"a.png": bytes(100), "b.png": bytes(101)})
+    monkeypatch.setattr(data, "MAX_BYTES", 100)
+    for kind, member in ((zipfile.ZipExtFile, "read"), (tarfile.TarFile, "extractfile")):
+        monkeypatch.setattr(kind, member, lambda *_: pytest.fail("it was read"))
+    names, read = data.image_members(src)
+    assert names == ["a.png", "b.png"]
+    with pytest.raises(ValueError, match="101 bytes are more than 100"):
+        read("b.png")
+
+
+@pytest.mark.parametrize("write", [write_zip, write_tar])
+def test_names_in_an_archive_are_not_paths(write, tmp_path):
+    """Catches a member called ../../x that is written to, or read from, outside the archive."""
+    (tmp_path / "deep" / "deeper").mkdir(parents=True)
+    names = "../../evil.png", f"{tmp_path}/evil.png", "../deep/x.png"
+    src = write(tmp_path / "deep" / "deeper" / "archive", {name: png("red") for name in names})
+    prepare("mine", "--src", src, "--size", 8, "--out", src.parent)
+    assert sorted(file.name for file in tmp_path.rglob("*") if file.is_file()) == [
+        "archive", "mine-8.json", "mine-8.npy"]
+    assert (np.load(src.parent / "mine-8.npy")[:, 0] == 255).all()
+
+
+def test_splits(tmp_path):
+    """Catches test images in the training set, and a split that silently falls back to everything."""
+    names = "x/train/b/1.png", "x/test/a/1.png", "x/train/a/1.png"
+    src = write_zip(tmp_path / "z.zip", {name: png((i, 0, 0)) for i, name in enumerate(names)})
+    flags = "mine", "--src", src, "--size", 8, "--out", tmp_path / "out"
+    prepare(*flags)
+    prepare(*flags, "--split", "test")
+    assert Images("mine", 8, tmp_path / "out").array[:, 0, 0, 0].tolist() == [2, 0]
+    test = Images("mine-test", 8, tmp_path / "out")
+    assert test.array[:, 0, 0, 0].tolist() == [1] and test.info["split"] == "test"
+    with pytest.raises(UserError, match="no folder 'val'.*test.*train"):
+        prepare(*flags, "--split", "val")
+
+
+MODES = [
+    ("1-grey.png", Image.new("L", (8, 8), 77), (77, 77, 77)),
+    ("2-rgba.png", Image.new("RGBA", (8, 8), (0, 100, 200, 0)), (255, 255, 255)),
+    ("3-rgba.png", Image.new("RGBA", (8, 8), (0, 100, 200, 255)), (0, 100, 200)),
+    ("4-half.png", Image.new("LA", (8, 8), (0, 128)), (127, 127, 127)),
+    ("5-palette.png", Image.new("RGB", (8, 8), (10, 20, 30)).convert("P", palette=Image.Palette.ADAPTIVE),
+     (10, 20, 30)),
+    ("6-cmyk.jpg", Image.new("CMYK", (8, 8), (0, 255, 255, 0)), (255, 0, 0)),
+    ("7-deep.png", Image.fromarray(np.full((8, 8), 0x4080, np.uint16)), (0x40, 0x40, 0x40)),
+    ("8-one.PNG", Image.new("1", (8, 8), 1), (255, 255, 255))]
+
+
+def test_decode_modes(tmp_path):
+    """Catches grey, palette, alpha, CMYK and 16-bit images that come out wrong (16-bit clips to white in Pillow)."""
+    (tmp_path / "in").mkdir()
+    for name, image, _ in MODES:
+        image.save(tmp_path / "in" / name)
+    prepare("mine", "--src", tmp_path / "in", "--size", 4, "--out", tmp_path)
+    images = Images("mine", 4, tmp_path)
+    assert len(images) == len(MODES)
+    for row, (name, _, colour) in zip(images.array, MODES):
+        assert np.abs(row.reshape(3, 16).T.astype(int) - colour).max() <= 2 * name.endswith("jpg"), name
+
+
+def test_resize_and_crop(tmp_path):
+    """Catches another filter than the box (overshoot, blur), a crop off the centre, and CelebA without its crop."""
+    pixels = np.random.default_rng(0).integers(0, 256, (48, 32, 3), dtype=np.uint8)
+    face = np.zeros((218, 178, 3), np.uint8)
+    face[39:179, 19:159] = 255                              # the crop of 140
+    face[39:179, 19:29, 0] = 0                              # ten pixels at its left: one column at size 14
+    for name, image, size in (("mine", pixels, 8), ("celeba", face, 14)):
+        (tmp_path / name).mkdir()
+        Image.fromarray(image).save(tmp_path / name / "x.png")
+        prepare(name, "--src", tmp_path / name, "--size", size, "--out", tmp_path)
+    expected = pixels[8:40].reshape(8, 4, 8, 4, 3).mean(axis=(1, 3)).transpose(2, 0, 1)
+    assert np.abs(Images("mine", 8, tmp_path).array[0] - expected).max() <= 0.501
+    x = Images("celeba", 14, tmp_path).array[0]
+    assert (x[0, :, 0] == 0).all() and (x[0, :, 1:] == 255).all() and (x[1:] == 255).all()
+
+
+def enormous():
+    """A PNG of 70 bytes whose header says 8200 x 8200 pixels."""
+    image = bytearray(png(0, (1, 1), "L"))
+    image[16:24] = (8200).to_bytes(4, "big") * 2
+    image[29:33] = zlib.crc32(bytes(image[12:29])).to_bytes(4, "big")
+    return bytes(image)
+
+
+def test_broken_images(tmp_path):
+    """Catches a broken, cut, tiny or enormous image that is silently skipped, shifts its neighbours, ends in a
+    traceback, or is decoded into gigabytes; a format that is none of FORMATS; and files left by the refused run."""
+    good = {f"{i}.png": png((i, 0, 0), (16, 16)) for i in range(10)}
+    noisy, gif = io.BytesIO(), io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(noisy, "JPEG")
+    Image.new("RGB", (16, 16)).save(gif, "GIF")
+    bad = {"3b.png": b"not an image", "5b.jpg": noisy.getvalue()[:2000], "7b.png": png("red", (7, 20)),
+           "8b.png": enormous(), "9b.png": b"", "9c.png": gif.getvalue()}
+    src = write_zip(tmp_path / "z.zip", good | bad)
+    blob = bytearray(src.read_bytes())
+    blob[blob.index(b"2.png") + 20] ^= 255                  # 2.png no longer agrees with its CRC
+    src.write_bytes(blob)
+    flags = "mine", "--size", 8, "--workers", 2
+    with pytest.raises(UserError, match="7 of 16 images .*'2.png' .*'3b.png'.*'5b.jpg'.*'7b.png' .*7 x 20"
+                                        ".*8200 x 8200.*--skip-broken"):
+        prepare(*flags, "--src", src, "--out", tmp_path / "out")
+    assert os.listdir(tmp_path / "out") == []
+    prepare(*flags, "--src", src, "--out", tmp_path / "out", "--skip-broken")
+    images = Images("mine", 8, tmp_path / "out")
+    assert images.array[:, 0, 0, 0].tolist() == [0, 1, 3, 4, 5, 6, 7, 8, 9] and images.info["left_out"] == 7
+    with pytest.raises(UserError, match="6 of 6 images.*Repair or remove them$"):
+        prepare(*flags, "--src", write_zip(tmp_path / "none.zip", bad), "--out", tmp_path / "out2", "--skip-broken")
+
+
+def test_cifar10_binary(tmp_path, monkeypatch):
+    """Catches a download that does not arrive, the label byte read as a pixel, channels or rows exchanged, and batches
+    in the order of the archive."""
+    records = np.random.default_rng(2).integers(0, 256, (10_000, 3073), dtype=np.uint8)
+    src = write_tar(tmp_path / "there.tar.gz", mode="w:gz", compresslevel=0, files={
+        f"cifar-10-batches-bin/{name}": content for name, content in (
+            ("readme.html", b"x"), ("data_batch_1.bin", b"x"), ("test_batch.bin", records.tobytes()))})
+    content = src.read_bytes()
+    monkeypatch.setattr(data, "CIFAR10", dict(urls=[src.as_uri()], size=len(content),
+                                              sha256=hashlib.sha256(content).hexdigest()))
+    prepare("cifar10", "--split", "test", "--workers", 2, "--out", tmp_path / "out")
+    images = Images("cifar10-test", data_dir=tmp_path / "out")
+    np.testing.assert_array_equal(images.array, records[:, 1:].reshape(-1, 3, 32, 32))
+    assert images.info["source"] == f"cifar-10-binary.tar.gz, {len(content):,} bytes"
+    prepare("cifar10", "--split", "test", "--out", tmp_path / "out")    # is there, whatever it was made of
+    with pytest.raises(UserError, match="data_batch_1.bin has 1 bytes"):
+        prepare("cifar10", "--src", src, "--out", tmp_path / "out")
+    assert sorted(os.listdir(tmp_path / "out")) == ["cifar-10-binary.tar.gz", "cifar10-test-32.json",
+                                                    "cifar10-test-32.npy"]
+
+
+def test_imagenet_npz(tmp_path):
+    """Catches rows read with the channels last, batch 10 before batch 2, pickles, and a cut file."""
+    rows = np.random.default_rng(3).integers(0, 256, (3, 4, 12288), dtype=np.uint8)
+    for k, number in enumerate((1, 2, 10)):
+        np.savez_compressed(tmp_path / f"train_data_batch_{number}.npz", data=rows[k], labels=np.arange(4))
+    prepare("imagenet64", "--src", tmp_path, "--out", tmp_path / "out")
+    np.testing.assert_array_equal(Images("imagenet64", data_dir=tmp_path / "out").array, rows.reshape(12, 3, 64, 64))
+    last = tmp_path / "train_data_batch_10.npz"
+    whole, bad = last.read_bytes(), []
+    for array in (np.array([{}], dtype=object), rows[0].astype(np.float32), rows[0][:, :3072]):
+        np.savez(last, data=array)
+        bad.append((last.read_bytes(), "cannot read .*batch_10"))
+    bad += [(whole[:-200], "cannot read .*batch_10"),
+            (whole[:20000] + bytes(100) + whole[20100:], "[1-4] of 12 .*batch_10.npz row")]
+    for content, expected in bad:
+        last.write_bytes(content)
+        with pytest.raises(UserError, match=expected):
+            prepare("imagenet64", "--src", tmp_path, "--out", tmp_path / "out2")
+
+
+def test_shapes(tmp_path):
+    """Catches an image that depends on more than (seed, i), images that are all alike, and texture or hard edges that
+    would hide the noise a model leaves."""
+    for name, count, seed, workers in (("a", 300, 0, 2), ("b", 70, 0, 1), ("c", 70, 1, 1)):
+        prepare("shapes", "--num-samples", count, "--seed", seed, "--workers", workers, "--out", tmp_path / name)
+    a, b, c = (Images("shapes", data_dir=tmp_path / name) for name in "abc")
+    np.testing.assert_array_equal(a.array[:70], b.array)
+    assert len({image.tobytes() for image in [*a.array, *c.array]}) == 370
+    estimate = noise_estimate(a.read(np.arange(300)))
+    assert estimate.mean() < 0.008 and estimate.max() < 0.03
+    assert (a.array.std(axis=(2, 3)).max(axis=1) > 10).all()            # there is something to see in each
+
+
+def test_subspace(tmp_path, capsys, monkeypatch):
+    """Catches a PCA without the mean, with variances for deviations or components out of order, data that are not on
+    the subspace or not Gaussian, a truth that is not theirs, and a wrong range. Independent: numpy's SVD."""
+    monkeypatch.setitem(data.DRAWN, "shapes", 400)          # it draws its own shapes
+    prepare("subspace", "--size", 8, "--components", 6, "--num-samples", 2500, "--out", tmp_path)
+    images = Images("subspace", 8, tmp_path)
+    truth, x = images.truth(), images.read(np.arange(2500)).reshape(2500, 192).astype(np.float64)
+    source = np.load(tmp_path / "shapes-8.npy").reshape(400, 192) / 127.5 - 1
+    _, s, v = np.linalg.svd(source - source.mean(axis=0), full_matrices=False)
+    np.testing.assert_allclose(truth["mean"], source.mean(axis=0), atol=1e-6)
+    np.testing.assert_allclose(truth["scale"], s[:6] / 20, rtol=1e-4)   # 20 = sqrt(400 images)
+    assert np.abs(np.abs((truth["components"] * v[:6]).sum(axis=1)) - 1).max() < 1e-4
+    assert f"{(s[:6] ** 2).sum() / (s ** 2).sum():.1%}" in capsys.readouterr().out
+    a = (x - truth["mean"]) @ truth["components"].T / truth["scale"]                     # [2500, 6]
+    assert np.abs(x - truth["mean"] - (a * truth["scale"]) @ truth["components"]).max() < 1e-6
+    assert np.abs(a.mean(axis=0)).max() < 5 / 50 and np.abs(np.cov(a.T) - np.eye(6)).max() < 5 * (2 / 2500) ** 0.5
+    assert scipy.stats.kstest(a.ravel(), "norm").pvalue > 1e-4
+    assert images.low == x.min() < -1 and images.high == x.max() and images.array.dtype == np.float32
+    with pytest.raises(UserError, match="of subspace only"):
+        Images("shapes", 8, tmp_path).truth()
+    (tmp_path / "subspace-8.json").unlink()
+    with pytest.raises(UserError, match="--components 192: must be fewer than the 400 images of shapes and .* 192"):
+        prepare("subspace", "--size", 8, "--components", 192, "--out", tmp_path)
+
+
+# -------------------------------------------------------------------------------------------------- what is refused
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory):
+    """A good zip, and others that are none."""
+    folder = tmp_path_factory.mktemp("sources")
+    (folder / "empty").mkdir()
+    good = write_zip(folder / "good.zip", {f"{i}.png": png("red") for i in range(20)}).read_bytes()
+    (folder / "cut.zip").write_bytes(good[:-300])
+    later = bytearray(good)
+    later[good.index(b"PK\1\2") + 6] = 99                   # "version 9.9 is needed to read this"
+    (folder / "later.zip").write_bytes(later)
+    (folder / "text.zip").write_text("hello")
+    cut = write_tar(folder / "t.tar.gz", {"1.png": good}, "w:gz").read_bytes()[:100]
+    (folder / "cut.tar.gz").write_bytes(cut)
+    write_tar(folder / "cut.tar", {"1.png": good, "2.png": good})
+    os.truncate(folder / "cut.tar", 2000)
+    return folder
+
+
+@pytest.mark.parametrize("argv, expected", [
+    ("mine --src missing --size 8", "--src missing does not exist"),
+    ("mine --src empty --size 8", "empty holds no images"),
+    *[(f"mine --src {name} --size 8", f"{name} is not a folder, a whole zip or a whole uncompressed tar")
+      for name in ("cut.zip", "later.zip", "text.zip", "t.tar.gz", "cut.tar", "/dev/null")],
+    ("cifar10 --src cut.tar.gz", "whole zip or tar"), ("cifar10 --src t.tar.gz", "data_batch_1.bin has 0 bytes"),
+    ("cifar10 --split val", "train and test only"), ("mine --src good.zip", "--src and --size"),
+    ("cifra10", "none of cifar10"), ("../x --src good.zip --size 8", "file name"),
+    ("shapes --num-samples 0", "--num-samples 0: must be at least 1"), ("shapes --seed -1", "--seed -1"),
+    ("cifar10 --num-samples 5", "--num-samples is not for cifar10"),
+    ("shapes --src good.zip", "--src is not for shapes"),
+    ("shapes --components 3", "--components is not for shapes"), ("shapes --workers 0", "--workers 0"),
+    ("shapes --size 0", "--size 0: must be at least 1"), ("subspace --size 64", "--size 64: must be from 1 to 32"),
+    ("subspace --components 0", "--components 0"),
+    ("subspace --images butterflies", "python data.py butterflies --src"),
+    ("mine --src good.zip --size 64", "20 of 20 .*too few for --size 64"),
+    ("mine --src good.zip --size 8 --out /dev/null/x", "cannot write /dev/null/x/mine-8.npy"),
+    ("celeba", "img_align_celeba.zip"), ("lsun_bedroom", "--src"), ("imagenet64", "image-net.org"),
+    ("butterflies", "huggan/")])
+def test_data_refuses(argv, expected, sources, tmp_path, monkeypatch):
+    """A wrong flag or source by its name, without a traceback and without a trace."""
+    monkeypatch.chdir(sources)
+    with pytest.raises(UserError, match=expected):
+        prepare("--out", tmp_path, *argv.split())
+    assert os.listdir(tmp_path) == []
+
+
+def test_full_disk(tmp_path, monkeypatch):
+    """Catches a traceback or a partial file when the disk fills up (here: a limit on the size of a file), and a run
+    that is begun although the disk is too small."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, limits[1]))
+    try:
+        with pytest.raises(UserError, match="cannot write .*shapes-32.npy"):
+            prepare("shapes", "--num-samples", 200, "--out", tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert os.listdir(tmp_path) == []
+    monkeypatch.setattr(data.shutil, "disk_usage", lambda folder: SimpleNamespace(free=10_000))
+    with pytest.raises(UserError, match="GB are free"):
+        prepare("shapes", "--num-samples", 4, "--out", tmp_path)
+    assert os.listdir(tmp_path) == []
+
+
+# ----------------------------------------------------------------------------------- several runs, one after another
+
+def test_same_command_again(tmp_path, capsys, monkeypatch):
+    """Catches work done twice, a lock where nothing is to be written (the folder may be read-only), other settings
+    silently answered with the old data, a run without its .json (killed between the two files) taken as finished."""
+    flags = "shapes", "--size", 8, "--out", tmp_path
+    prepare(*flags, "--num-samples", 30)
+    before = (tmp_path / "shapes-8.npy").stat().st_mtime_ns
+    with monkeypatch.context() as patch:
+        patch.setattr(data.fcntl, "flock", pytest.fail)
+        prepare(*flags, "--num-samples", 30)
+    assert (tmp_path / "shapes-8.npy").stat().st_mtime_ns == before and "is there" in capsys.readouterr().out
+    with pytest.raises(UserError, match="count 30, now 31; seed 0, now 2: delete"):
+        prepare(*flags, "--num-samples", 31, "--seed", 2)
+    (tmp_path / "shapes-8.json").unlink()
+    with pytest.raises(UserError, match="not prepared"):
+        Images("shapes", 8, tmp_path)
+    prepare(*flags, "--num-samples", 31)
+    assert len(Images("shapes", 8, tmp_path)) == 31
+
+
+def test_several_processes_prepare_it_once(tmp_path, capsys):
+    """Catches a second run of the same set that does its work again, gives up, or leaves its lock behind."""
+    with ThreadPoolExecutor(3) as pool:
+        runs = [pool.submit(prepare, "shapes", "--num-samples", 500, "--size", 8, "--out", tmp_path) for _ in range(3)]
+    assert [each.result() for each in runs] == [None] * 3
+    out, error = capsys.readouterr()
+    assert out.count("opened with") == 1 and out.count("is there") == 2
+    assert error.count(f"waiting for another process, which prepares {tmp_path / 'shapes-8.npy'}\n") == 2
+    assert sorted(os.listdir(tmp_path)) == ["shapes-8.json", "shapes-8.npy"]
+
+
+def test_without_locks(tmp_path, monkeypatch):
+    """Catches a file system without locks that cannot be written."""
+    def unsupported(*_):
+        raise OSError(errno.ENOLCK, "no locks")
+    monkeypatch.setattr(data.fcntl, "flock", unsupported)
+    prepare("shapes", "--num-samples", 5, "--size", 8, "--out", tmp_path)
+    assert len(Images("shapes", 8, tmp_path)) == 5
+
+
+@contextlib.contextmanager
+def long_run(folder):
+    """A run of minutes with two workers, in a process group of its own, as soon as it has written something."""
+    argv = "shapes", "--num-samples", "1000000", "--size", "8", "--workers", "2", "--out", str(folder)
+    with subprocess.Popen([sys.executable, str(HERE / "data.py"), *argv], stderr=subprocess.PIPE, text=True,
+                          start_new_session=True) as process:
+        try:
+            deadline = time.time() + 60
+            while not any(file.stat().st_size > 10_000 for file in folder.glob(".*")) and time.time() < deadline:
+                time.sleep(0.02)
+            yield process
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+
+
+def test_killed_run(tmp_path):
+    """Catches a killed run that leaves what looks like a result, workers that live on, and a run that waits for it and
+    does not go on, or finds its partial files in the way."""
+    with ThreadPoolExecutor() as pool, long_run(tmp_path) as killed:
+        second = pool.submit(prepare, "shapes", "--num-samples", 10, "--size", 8, "--out", tmp_path)
+        with pytest.raises(TimeoutError):
+            second.result(0.3)
+        assert all(name.startswith(".") for name in os.listdir(tmp_path))
+        killed.kill()
+        assert killed.communicate(timeout=10)[1] == ""      # which its workers could write to, if they lived on
+        assert second.result(20) is None
+    assert len(Images("shapes", 8, tmp_path)) == 10
+    assert sorted(os.listdir(tmp_path)) == ["shapes-8.json", "shapes-8.npy"]
+
+
+def test_interrupted_run(tmp_path):
+    """Catches Ctrl-C that leaves partial files, ends in a traceback, or has another exit status than 130."""
+    with long_run(tmp_path) as process:
+        os.killpg(process.pid, signal.SIGINT)
+        assert process.communicate(timeout=30)[1] == "" and process.returncode == 130
+    assert os.listdir(tmp_path) == []

@@ -1,0 +1,488 @@
+"""report.py: every number in its own cell, claims that turn with them, and the paper's numbers as printed."""
+
+import csv
+import json
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import report
+from common import UserError
+
+PAPER_CSV = Path(report.__file__).with_name("paper.csv")
+SUBSPACE = "subspace 4×4"
+BEATS = "adv beats DDPM, 90 % with σ 0.2, DDPM sampling"
+
+
+# --------------------------------------------------- files as the stages leave them, and reading README.md
+
+def configuration(method="adv", p=0.9, sigma=0.2, name="subspace", size=4, **training):
+    """A checkpoint's configuration."""
+    own = dict(method=method, lam=0.3, lam_units="x", omega=2.0, gamma=8 / 255, reg_share=1.0, balance=False,
+               flags=None, sigma_known=None, batch=64, lr=1e-3, ema=0.99, amp=False, seed=0, init=None)
+    return dict(network=dict(channels=32, mult=[1]), process=dict(schedule="linear", timesteps=1000),
+                data=dict(name=name, size=size, count=100, p=p, sigma=sigma, data_seed=0),
+                training=own | training)
+
+
+def attacked(name, percent, steps=100, **more):
+    """The part of a protocol that attack.py writes."""
+    return dict(name=name, steps_attacked=percent * steps // 100, where="spread", phi=1.0, iters=20, eot=5,
+                stride=2.5, as_printed=False, eps_scale=1.0) | more
+
+
+def write_score(folder, config, samples="ddpm-100", sampler="ddpm", steps=100, step=600, attack=None, n=512,
+                suffix="fd-exact", **result):
+    """A score beside a picture of its samples. result: its numbers."""
+    folder.mkdir(parents=True, exist_ok=True)
+    protocol = dict(checkpoint="x", sha256="0", step=step, config=config, num_samples=n, sampler=sampler,
+                    steps=steps, variance="large" if sampler == "ddpm" else None, ema=True, seed=0, batch=64,
+                    amp=False, device="cpu", tf32=False, stream="sample", torch="2", attack=attack)
+    (folder / f"{samples}.npz.{suffix}.json").write_text(json.dumps(
+        dict(samples=f"{samples}.npz", protocol=protocol, **result)))
+    Image.fromarray(np.full((22, 22, 3), 55, np.uint8)).save(folder / f"{samples}.png")
+
+
+def exact(distance, rho):
+    """What fid.py measures on subspace data."""
+    return dict(metric="FD-exact", value=distance, rho_mean=rho, psnr=20.0, variance_kept=1.0)
+
+
+def write_pair(runs, adv=(1.0, 0.5), ddpm=(3.0, 2.0)):
+    """adv and ddpm at 90 % with sigma 0.2: FD-exact and rho of each."""
+    for method, numbers in dict(adv=adv, ddpm=ddpm).items():
+        write_score(runs / method, configuration(method), **exact(*numbers))
+
+
+def write_report(runs, *flags):
+    """report.py on a folder -> README.md, and its claims, {(claim, data and number): (numbers, verdict)}."""
+    report.main(["--runs", str(runs), "--out", str(runs.parent / "out"), *flags])
+    text = (runs.parent / "out" / "README.md").read_text()
+    rows = [[part.strip() for part in row.replace("\\|", "¦").strip("|").split("|")]
+            for row in text.partition("\n## Claims")[2].splitlines() if row.startswith("| ")]
+    return text, {(row[0], row[3]): (row[5], row[6]) for row in rows[2:]}
+
+
+def section(text, title):
+    """The part of README.md under a heading that begins with the title."""
+    return text.split(f"\n## {title}")[1].split("\n## ")[0]
+
+
+def cells(text, *labels):
+    """The only row of a table that begins with these labels -> its other cells."""
+    found = [row.strip("| ").split(" | ") for row in text.splitlines()
+             if row.startswith("| " + " | ".join(labels) + " |")]
+    assert len(found) == 1, found
+    return found[0][len(labels):]
+
+
+@pytest.fixture(autouse=True)
+def no_charts(request, monkeypatch):
+    """matplotlib takes a second to import: only the test that is about charts has it."""
+    if "charts" not in request.node.name:
+        monkeypatch.setattr(report, "pyplot", lambda: None)
+
+
+# ------------------------------------------------------------------------------- the paper's own numbers
+
+@pytest.mark.parametrize("number, where, printed", [        # read from the PDF
+    ("FID", dict(data="cifar10", method="adv", p=0.9, sigma=0.2, sampler="ddim"), 24.93),
+    ("IS", dict(data="cifar10", method="ddpm", p=0, sigma=0, sampler="ddpm", steps=1000), 8.95),
+    ("FID", dict(data="celeba", method="ddpm", p=0.9, sigma=0.1, sampler="ddim"), 41.29),
+    ("IS", dict(data="lsun_bedroom", method="adv", p=0.9, sigma=0.1, sampler="ddim"), 3.96),
+    ("FID", dict(data="imagenet64", method="adv", p=0.9, sigma=0.2), 80.3),
+    ("IS", dict(data="cifar10", method="ran", sigma=0.2), 4.34),
+    ("FID", dict(data="cifar10", method="ddpm", steps=300), 224.38),
+    ("FID", dict(data="cifar10", method="inv"), 356.9),
+    ("FID", dict(method="ddpm", attack="eot", percent=75), 195.99),
+    ("FID", dict(method="adv", attack="pgd", percent=25), 22.7),
+    ("FID", dict(data="celeba", method="adv", sigma=0.2, tuned=True), 25.8),
+    ("FID", dict(data="cifar10", method="ambient", flags="conf2", sigma=0.1), 102.7),
+    ("cost", dict(method="adv"), 2.5)])
+def test_paper_csv_has_the_printed_numbers(number, where, printed):
+    """Catches a number in the wrong row or column of paper.csv, and one that report.py does not find."""
+    assert report.paper(number, where) == printed
+
+
+def test_paper_csv_has_each_number_once():
+    """Catches a row that is there twice, two values for one place, and a repetition unlike the first."""
+    with open(PAPER_CSV, newline="") as file:
+        rows = list(csv.DictReader(file))
+    names = [tuple(v for k, v in row.items() if k not in ("value", "note")) for row in rows]
+    assert len(rows) == 143 == len(set(names))              # counted in the PDF
+    assert Counter(row["place"] for row in rows) == {
+        "2.3": 1, "Table 1 top": 8, "Table 1 bottom": 8, "Table 2": 72, "3.1": 5, "Fig. 8b": 24,
+        "Table 4": 16, "Table 5": 9}
+    for row, name in zip(rows, names):
+        if row["note"].startswith("Table 2's"):
+            first = next(r for r, n in zip(rows, names) if n[0] == "Table 2"
+                         and all(r[k] == row[k] for k in ("data", "sigma", "method", "sampler", "metric")))
+            assert abs(float(first["value"]) - float(row["value"])) < 0.05
+
+
+def test_rules_hold_for_the_paper_itself(tmp_path):
+    """Catches a slip in paper.csv and a claim turned round. The one that breaks is the paper's: Table 1's
+    ran, 79.21, is above Table 2's DDPM, 58.05, though the text puts it far below the baselines."""
+    with open(PAPER_CSV, newline="") as file:               # the paper's numbers as if we had measured them
+        for k, row in enumerate(csv.DictReader(file)):
+            if row["metric"] == "FID" and not row["note"].startswith("Table 2's"):
+                config = configuration(row["method"], float(row["p"]), float(row["sigma"]), row["data"], 32,
+                                       flags=row["flags"] or None,
+                                       init="x" if row["trained"] == "fine-tuned" else None)
+                attack = row["attack"] and attacked(row["attack"], int(row["steps_attacked"]) // 10, 1000)
+                write_score(tmp_path / "runs" / str(k), config, sampler=row["sampler"], attack=attack or None,
+                            steps=int(row["steps"] or 250), suffix="fid", metric="FID",
+                            value=float(row["value"]))
+    text, claims = write_report(tmp_path / "runs")
+    decided = {name: verdict for name, (_, verdict) in claims.items() if verdict != "not measured"}
+    broken = ("ran too beats DDPM, 90 % with σ 0.1", "CIFAR-10 32×32, FID")
+    assert {name for name, verdict in decided.items() if verdict != "holds"} == {broken}
+    assert len(decided) == 51                               # counted by hand; the cost has no samples
+    found = cells(section(text, "Table 2"), "clean", "DDIM", "Robust_adv")
+    assert found == ["31.2", "17.6", "48.8", "31.2 / 6.38", "17.59 / 2.18", "48.8 / 2.39"]
+    assert text.count("against its own claim") == 1
+
+
+# ------------------------------------------------------------------------------------------------ tables
+
+def test_every_number_in_its_own_cell(tmp_path):
+    """Catches sampler, noise, method, steps, lambda, flags or fine-tuning being mixed up."""
+    runs, value = tmp_path / "runs", 10
+    noises = {"clean": (0, 0), "90 % with σ 0.1": (0.9, 0.1), "90 % with σ 0.2": (0.9, 0.2)}
+    expected = {}
+    for noise, (p, sigma) in noises.items():
+        for method, name in (("ddpm", "DDPM"), ("adv", "Robust_adv")):
+            for sampler in ("ddpm", "ddim"):
+                write_score(runs / str(value), configuration(method, p, sigma), sampler=sampler,
+                            steps=dict(ddpm=100, ddim=50)[sampler], **exact(value, 0.5))
+                expected[noise, sampler.upper(), name] = f"{value}.0 / 0.500"
+                value += 1
+    write_score(runs / "one alone", configuration("ran", 0.9, 0), **exact(70, 0.5))         # corrupts nothing
+    write_score(runs / "weaker", configuration(lam=0.1), **exact(71, 7))
+    write_score(runs / "fewer", configuration("adv", 0, 0), "f", steps=300, **exact(72, 7))
+    write_score(runs / "tuned", configuration(init="somewhere"), **exact(73, 7))
+    for k, flags in enumerate(("oracle", "conf1", "conf2")):
+        write_score(runs / flags, configuration("ambient", flags=flags, sigma_known=0.2), **exact(74 + k, 7))
+    write_score(runs / "inv", configuration("inv", 0, 0), **exact(78, 7))
+    text, _ = write_report(runs)
+    for labels, shown in expected.items():
+        assert cells(section(text, "Table 2"), *labels)[0] == shown
+    assert cells(section(text, "Fig. 3"), "clean", "Robust_ran")[0] == "20.0 / 0.500 / 70.0"
+    assert cells(section(text, "Fig. 7"), "90 % with σ 0.2", "0.1")[0] == "71.0 / 7.00 / 1.00"
+    assert cells(section(text, "Fig. 7"), "90 % with σ 0.2", "0.3")[0] == "20.0 / 0.500 / 1.00"
+    assert cells(section(text, "Table 1, bottom"), "300", "Robust_adv") == ["72.0 / 7.00", "37.89 / 6.39"]
+    assert cells(section(text, "Table 1, bottom"), "300", "DDPM") == ["–", "224.38 / 3.33"]
+    assert cells(section(text, "Table 1, bottom"), "1000", "DDPM") == ["–", "7.2 / 8.95"]
+    table4 = section(text, "Table 4")
+    assert cells(table4, "90 % with σ 0.2", "Robust_adv", "fine-tuned") == ["73.0 / 7.00", "25.8 / 2.1"]
+    assert cells(table4, "90 % with σ 0.2", "Robust_adv", "from scratch")[0] == "20.0 / 0.500"
+    for k, flags in enumerate(("oracle", "conf1", "conf2")):
+        found = cells(section(text, "Table 5"), "90 % with σ 0.2", f"noise-aware, {flags}")
+        assert found == [f"{74 + k}.0 / 7.00", ["–", "109.7 / –", "105.3 / –"][k]]
+    assert cells(section(text, "2.3"), "Inv_adv") == ["78.0 / 7.00", "356.9 / –"]
+
+
+def test_seeds_are_pooled_and_other_ways_left_out(tmp_path):
+    """Catches a deviation with ddof 0 (0.707), a copy counted as a seed, two ways of training averaged,
+    settings that the paper does not vary, and images of no model among ours."""
+    runs = tmp_path / "runs"
+    for seed, numbers in enumerate([(1.0, 4.0), (3.0, 8.0)]):
+        write_score(runs / f"s{seed}", configuration(seed=seed), **exact(*numbers))
+    write_score(runs / "z-copy", configuration(seed=1), **exact(3.0, 8.0))
+    write_score(runs / "share", configuration(seed=2, reg_share=0.25), **exact(50.0, 8.0))
+    write_score(runs / "short", configuration(seed=3), step=500, **exact(60.0, 8.0))
+    write_score(runs / "eps", configuration("adv", 0.9, 0.1, lam_units="eps"), **exact(70.0, 8.0))
+    write_score(runs / "omega", configuration("ddpm", omega=8.0), **exact(5.0, 2.0))        # nothing to ddpm
+    write_score(runs / "usual omega", configuration("ddpm", seed=1), **exact(7.0, 2.0))
+    real = dict(exact(0.125, 0), samples="real.npz", protocol={})
+    (runs / "real.npz.fd-exact.json").write_text(json.dumps(real))
+    text, _ = write_report(runs)
+    # mean 2, sample deviation sqrt(((1-2)^2 + (3-2)^2) / 1) = 1.414; rho: mean 6, sqrt(8) = 2.828
+    table = section(text, "Table 2")
+    assert cells(table, "90 % with σ 0.2", "DDPM", "Robust_adv")[0] == "2.00 ± 1.41 / 6.00 ± 2.83"
+    assert cells(table, "90 % with σ 0.2", "DDPM", "DDPM")[0] == "6.00 ± 1.41 / 2.00 ± 0"
+    assert "for 600 steps of 64 images; 512 samples, DDPM 100 steps; 2 seed(s), ±" in table
+    assert sorted(line[3:] for line in section(text, "Left out").strip().splitlines()) == [
+        "eps/ddpm-100.npz.fd-exact.json`: lam_units is eps",
+        "real.npz.fd-exact.json`: not of a model of train.py: FD-exact 0.125, ρ 0, PSNR (dB) 20, variance "
+        "kept 1",
+        "share/ddpm-100.npz.fd-exact.json`: another has its cell",
+        "short/ddpm-100.npz.fd-exact.json`: another has its cell",
+        "z-copy/ddpm-100.npz.fd-exact.json`: another has its cell"]
+
+
+def test_what_has_not_run_is_a_dash(tmp_path):
+    """Catches a number invented for a stage that is missing or found none, its claim decided all the same,
+    and a score that is still in writing taken for a damaged one."""
+    write_score(tmp_path / "runs", configuration(), **exact(1.0, 0.5))
+    write_score(tmp_path / "runs/nan", configuration("ddpm"), **exact(float("nan"), None))
+    (tmp_path / "runs/.partial-a.npz.fid.json").write_text("{")
+    text, claims = write_report(tmp_path / "runs")
+    assert cells(section(text, "Table 2"), "90 % with σ 0.2", "DDPM", "DDPM")[0] == "–"
+    assert claims[BEATS, f"{SUBSPACE}, FD-exact"] == ("1.00, –", "not measured")
+    assert {verdict for _, verdict in claims.values()} == {"not measured"}
+    for title in ("Fig. 6 left", "Fig. 8b", "3.1", "3-D data"):
+        assert "Not measured yet." in section(text, title)
+
+
+def test_a_claim_turns_with_its_numbers(tmp_path):
+    """Catches a rule that is upside down, does not look at the numbers, or overlooks the seeds' spread."""
+    write_pair(tmp_path / "a/runs")
+    _, claims = write_report(tmp_path / "a/runs")
+    assert claims[BEATS, f"{SUBSPACE}, FD-exact"] == ("1.00, 3.00", "holds")
+    assert claims[BEATS, f"{SUBSPACE}, ρ"] == ("0.500, 2.00", "holds")
+    write_pair(tmp_path / "b/runs", adv=(3.0, 2.0), ddpm=(1.0, 0.5))
+    _, claims = write_report(tmp_path / "b/runs")
+    assert claims[BEATS, f"{SUBSPACE}, FD-exact"] == ("3.00, 1.00", "does not hold")
+    for seed, value in ((1, 8.0), (2, 0.0)):                # adv 4.3 +- 4.2 > ddpm 1
+        write_score(tmp_path / f"b/runs/{seed}", configuration(seed=seed), **exact(1 + value, 0.5))
+    _, claims = write_report(tmp_path / "b/runs")
+    assert claims[BEATS, f"{SUBSPACE}, FD-exact"][1] == "does not hold (within the seeds' spread)"
+
+
+def test_judge():
+    """Catches a claim that is decided without a number, or by zeros, or whose deviations are lost."""
+    less = "a < b", lambda a, b: b - a
+    row = report.judge("c", "Fig. 2", "plane, rms", *less, [(1.0, 0.25, 3), (2.0, None, 1)])
+    assert row == dict(claim="c", place="Fig. 2", shown="plane, rms", rule="a < b", values=[1.0, 2.0],
+                       deviations=[0.25, None], verdict="holds")
+    for cells, verdict in (([(1.0, 1.5, 3), (2.0, 0.0, 3)], "holds (within the seeds' spread)"),
+                           ([(2.0, None, 1), (2.0, None, 1)], "does not hold"),
+                           ([(0.0, None, 1), (0.0, 0.0, 2)], "not decided (all 0)"),
+                           ([None, (2.0, None, 1)], "not measured")):
+        assert report.judge("", "", "", *less, cells)["verdict"] == verdict
+
+
+def test_only_fid_is_called_fid(tmp_path):
+    """Catches FD-pixels printed as the paper's FID, and FID and FD-pixels of one data set in one column."""
+    config = configuration(name="cifar10", size=16)
+    pixels = dict(metric="FD-pixels", value=29.5, noise_mean=0.25)
+    write_score(tmp_path / "runs", config, suffix="fd-pixels", **pixels)
+    text, claims = write_report(tmp_path / "runs")
+    assert "ours (FD-pixels / noise estimate, CIFAR-10 16×16)" in section(text, "Table 2")
+    assert cells(section(text, "Table 2"), "90 % with σ 0.2", "DDPM", "Robust_adv")[0] == "29.5 / 0.250"
+    assert "ours (FD-pixels" in section(text, "Table 5") and "ours (FID" not in section(text, "Table 5")
+    assert (BEATS, "CIFAR-10 16×16, FD-pixels") in claims and (BEATS, "CIFAR-10 16×16, FID") not in claims
+    write_score(tmp_path / "runs", config, suffix="fid", metric="FID", value=8.25, is_mean=9.5)
+    table = section(write_report(tmp_path / "runs")[0], "Table 2")
+    assert cells(table, "90 % with σ 0.2", "DDPM", "Robust_adv")[0] == "8.25 / 9.50"
+    assert "FD-pixels" not in table
+
+
+def test_data_sets_that_get_a_column(tmp_path):
+    """Catches a column for a data set that a table of the paper is not about, or that has one stray run."""
+    both = [(0.9, 0.1), (0.9, 0.2)]
+    for name, size, noises in (("cifar10", 32, both), ("mine", 8, both), ("stray", 8, both[1:])):
+        for k, (method, noise) in enumerate((m, n) for m in ("ran", "adv") for n in noises):
+            if name != "stray" or method == "adv":
+                config = configuration(method, *noise, name, size)
+                write_score(tmp_path / f"runs/{name}{k}", config, **exact(k, 1))
+    text, _ = write_report(tmp_path / "runs")
+    assert "| model | ours (FD-exact / ρ, CIFAR-10 32×32) | paper" in section(text, "Table 1, top")
+    for k in range(4):
+        (tmp_path / f"runs/cifar10{k}/ddpm-100.npz.fd-exact.json").unlink()
+    text, _ = write_report(tmp_path / "runs")
+    assert "| model | ours (FD-exact / ρ, mine 8×8) | paper" in section(text, "Table 1, top")
+
+
+def test_attacks(tmp_path):
+    """Catches an attacked sample taken for an ordinary one, a wrong share, displacement and control swapped,
+    the two readings of an algorithm averaged, and a smaller ball among the paper's."""
+    for method, base in (("adv", 10), ("ddpm", 20)):
+        run, config = tmp_path / "runs" / method, configuration(method, 0, 0)
+        write_score(run, config, **exact(base, 1.0))
+        for k in (0, 25, 50, 75, 100):
+            made = dict(samples=f"fgsm-{k}", attack=attacked("fgsm", k, 48), n=128, steps=48)
+            write_score(run, config, **made, **exact(base + k - 5 * (k == 0), 1.0))
+            write_score(run, config, **made, suffix="attack", rms=0.25, rms_noise=0.125, n_images=128)
+        for printed in (False, True):
+            write_score(run, config, f"pgd{printed}", steps=48, **exact(200 + printed, 1),
+                        attack=attacked("pgd", 25, 48, as_printed=printed))
+    write_score(run, config, "small", steps=48, **exact(300, 1),
+                attack=attacked("drift", 25, 48, eps_scale=0.5))
+    text, claims = write_report(tmp_path / "runs")
+    table = section(text, "Fig. 8b")
+    assert cells(table, "fgsm", "75 %", "Robust_adv") == ["85.0 / 1.00 / 0.250 / 0.125", "90.7"]
+    # not attacked: the row is that of the attacks' own protocol, not of the model's usual samples
+    assert cells(table, "none", "0 %", "DDPM")[0] == "15.0 / 1.00 / 0.250 / 0.125"
+    assert "512 samples" in section(text, "2.3") and cells(section(text, "2.3"), "DDPM")[0] == "20.0 / 1.00"
+    assert cells(table, "pgd", "25 %", "DDPM") == ["200 / 1.00 / – / –", "55.7"]
+    assert cells(table, "pgd as printed", "25 %", "DDPM") == ["201 / 1.00 / – / –", "55.7"]
+    assert cells(table, "drift", "25 %", "DDPM") == ["–", "–"]
+    assert "eps_scale is 0.5" in section(text, "Left out")
+    name = "adv withstands fgsm better than DDPM, at 25, 50, 75 and 100 %", f"{SUBSPACE}, FD-exact"
+    assert claims[name] == ("35.0, 60.0, 85.0, 110, 45.0, 70.0, 95.0, 120", "holds")
+    name = "fgsm on 100 % instead of 25 % of the steps costs adv less than DDPM", f"{SUBSPACE}, FD-exact"
+    assert claims[name] == ("110, 35.0, 120, 45.0", "does not hold")        # 75 each: not less
+
+
+def write_benchmark(folder, seconds, **settings):
+    """benchmark.json as train.py --benchmark leaves it. seconds: of a step of ddpm, ran, adv."""
+    folder.mkdir(parents=True, exist_ok=True)
+    methods = {m: dict(seconds=s, peak_gib=0.5) for m, s in zip(("ddpm", "ran", "adv"), seconds)}
+    (folder / "benchmark.json").write_text(json.dumps(dict(
+        config=configuration(**settings), device="cpu", torch="2", threads=1, batch=64, methods=methods)))
+
+
+def test_cost_comes_from_the_benchmarks(tmp_path):
+    """Catches seconds shown as a multiple, and the cost with a share of the batch taken for the paper's."""
+    write_benchmark(tmp_path / "runs/a", (0.5, 1.0, 1.25))
+    write_benchmark(tmp_path / "runs/b", (0.5, 1.0, 0.75), reg_share=0.25)
+    text, claims = write_report(tmp_path / "runs", "--tables", "cost")
+    where = f"{SUBSPACE}, network 32 × (1,), batch 64, cpu"
+    assert cells(text, where, "Robust_adv") == ["1.25", "2.50", "0.500", "2.5"]
+    assert cells(text, where, "Robust_ran") == ["1.00", "2.00", "0.500", "–"]
+    assert claims["a training step of adv costs 2.5 of DDPM's", where] == ("2.50", "holds")
+    assert claims["ran costs less than adv", where] == ("2.00, 2.50", "holds")
+
+
+def test_price_tells_shares_apart(tmp_path):
+    """Catches shares averaged, the cost of another share, and the price where it was not asked for."""
+    runs = tmp_path / "runs"
+    write_pair(runs)
+    for share, seconds in ((1.0, 1.25), (0.25, 0.625)):
+        config = configuration(reg_share=share, balance=True, seed=9)
+        write_score(runs / f"{share}", config, step=1000, **exact(50 + share, 5.0))
+        made = dict(samples="fgsm", step=1000, attack=attacked("fgsm", 100))
+        write_score(runs / f"{share}", config, **made, **exact(60, 6.0))
+        write_score(runs / f"{share}", config, **made, suffix="attack", rms=share, rms_noise=0.1)
+        write_benchmark(runs / f"{share}", (0.5, 1.0, seconds), reg_share=share, balance=True)
+    text, _ = write_report(runs, "--tables", "price")
+    net = "32 × (1,)"
+    assert cells(text, "Robust_adv", "0.25", "yes", net, "1,000") == ["1.25", "50.2", "5.00", "20.0", "0.250"]
+    assert cells(text, "Robust_adv", "1", "yes", net, "1,000") == ["2.50", "51.0", "5.00", "20.0", "1.00"]
+    assert cells(text, "DDPM", "–", "no", "32 × (1,)", "600") == ["1.00 ± 0", "3.00", "2.00", "20.0", "–"]
+    assert "trained for 600 to 1,000 steps of 64 images, regulariser on 0.25 or 1 of them, balanced" in text
+    assert "The price" not in write_report(runs)[0]
+
+
+def test_memorisation_and_toy(tmp_path):
+    """Catches share and mean exchanged, a claim of toy3d.py lost or turned, its figures not brought along."""
+    for method, shared in (("adv", 0.125), ("ddpm", 0.25)):
+        own = dict(mean=0.5 if method == "adv" else 0.625, p95=0.75, share=shared)
+        write_score(tmp_path / "runs" / method, configuration(method, 0, 0), suffix="memorize",
+                    metric="memorisation", features="pixels", generated=own,
+                    histogram=dict(edges=[-1, 0, 1], generated=[1, 3], train=[2, 2]))
+    said = report.judge("invariance diverges", "Fig. 10", "plane, rms", "2 × a < b", lambda a, b: b - 2 * a,
+                        [(0.5, 0.0, 3), (0.75, 0.1, 3)])
+    record = dict(data="oblique-plane", noise="inlier", method="adv", seed=3, name="inlier adv",
+                  rms=[0.0784, 0.005, 3], kept=[0.9, 0.01, 3], median=[None, None, 3],
+                  score_error=[0.3, 0.02, 3])
+    (tmp_path / "runs/toy").mkdir()
+    (tmp_path / "runs/toy/fig2a.png").write_bytes(b"picture")
+    (tmp_path / "runs/toy/toy3d.json").write_text(json.dumps(dict(
+        protocol=dict(steps=3000, batch=128, num_samples=512, seeds=3, sweep=None, balance=False,
+                      figures=["fig2a.png", "lost.png"]), records=[record], claims=[said])))
+    text, claims = write_report(tmp_path / "runs")
+    assert cells(section(text, "Fig. 6 left"), "Robust_adv")[0] == "0.125 / 0.500 / 0.750"
+    assert "(the paper: DINOv2): pixels." in section(text, "Fig. 6 left")
+    assert claims["adv memorises less, clean data", f"{SUBSPACE}, share ≥ 0.9"] == ("0.125, 0.250", "holds")
+    found = cells(text, "oblique-plane", "inlier adv")
+    assert found == ["0.0784 ± 0.00500", "–", "0.900 ± 0.0100", "0.300 ± 0.0200"]
+    assert claims["invariance diverges", "plane, rms"] == ("0.500 ± 0, 0.750 ± 0.100", "does not hold")
+    assert (tmp_path / "out/fig2a.png").read_bytes() == b"picture"
+    assert "](fig2a.png)" in text and "lost" not in text
+
+
+# ---------------------------------------------------------------------------------------------- pictures
+
+def test_strips_without_matplotlib(tmp_path, monkeypatch, capsys):
+    """Catches strips that need matplotlib, an enlarged picture that is smoothed, and grids that are found by
+    their names and not by the log."""
+    monkeypatch.undo()
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    write_pair(tmp_path / "runs")
+    checked = np.zeros((4, 4, 3), np.uint8)
+    checked[::2, ::2] = 255
+    Image.fromarray(checked).save(tmp_path / "runs/ddpm/ddpm-100.png")
+    start = dict(event="start", step=0, config=configuration())
+    lines = [start, *(dict(event="grid", step=k, file=f"any-{k}.png") for k in (300, 600))]
+    log = "".join(json.dumps(line) + "\n" for line in lines) + '{"step": 6'                # still in writing
+    (tmp_path / "runs/adv/log.jsonl").write_text(log)
+    for name, grey in (("any-300", 1), ("any-600", 2), ("samples-00000900", 3)):
+        Image.fromarray(np.full((30, 30, 3), grey, np.uint8)).save(tmp_path / f"runs/adv/{name}.png")
+    (tmp_path / "runs/dead").mkdir()
+    (tmp_path / "runs/dead/log.jsonl").write_text("")
+    text, _ = write_report(tmp_path / "runs")
+    assert "matplotlib is not installed" in capsys.readouterr().out and "matplotlib was not installed" in text
+    with Image.open(tmp_path / "out/samples-subspace-4-90-with-0.2.png") as sheet:
+        assert sheet.size == (608, 316)                     # two of 300 and the gap between
+        assert set(np.asarray(sheet)[16:, :300].reshape(-1)) == {0, 255}        # DDPM is left; no grey
+    with Image.open(tmp_path / "out/fig24-subspace-4-90-with-0.2.png") as sheet:
+        greys = [set(np.asarray(sheet)[20:200, left:left + 180].reshape(-1)) for left in (0, 188)]
+        assert sheet.size == (368, 196) and greys == [{1}, {2}]
+    assert {f"]({path.name})" in text for path in (tmp_path / "out").glob("*.png")} == {True}
+
+
+def test_charts_are_made_and_linked(tmp_path):
+    """Catches a figure that is linked and not made, or made and not linked, and a leftover temporary file."""
+    pytest.importorskip("matplotlib")
+    runs = tmp_path / "runs"
+    for method in ("adv", "ddpm"):
+        for name, (p, sigma) in dict(clean=(0, 0), noisy=(0.9, 0.1)).items():
+            write_score(runs / f"{method}-{name}", configuration(method, p, sigma), **exact(3.0, 1.0))
+        config = configuration(method, 0, 0)
+        write_score(runs / method, config, "f", attack=attacked("fgsm", 50), **exact(3.0, 1.0))
+        write_score(runs / method, config, suffix="memorize", metric="memorisation", features="pixels",
+                    generated=dict(mean=0.5, p95=0.75, share=0.1),
+                    histogram=dict(edges=[-1, 0, 1], generated=[1, 3], train=[2, 2]))
+    text, _ = write_report(runs)
+    write_score(runs / "share", configuration("adv", 0, 0, reg_share=0.5), **exact(3.0, 1.0))
+    write_benchmark(runs / "share", (0.5, 1.0, 1.25), p=0, reg_share=0.5)
+    text += write_report(runs, "--tables", "price")[0]
+    linked = {part.split(")")[0] for part in text.split("](")[1:]}
+    assert linked == {path.name for path in (tmp_path / "out").iterdir()} - {"README.md"}
+    assert {"fig3", "fig6", "fig8", "price-subspace-4-clean", "samples-subspace-4-clean"} <= {
+        name.removesuffix(".png") for name in linked}
+
+
+# --------------------------------------------------------------------------- the command line and errors
+
+def test_readme_says_where_it_comes_from(tmp_path, monkeypatch):
+    """Catches a path of this machine in what is shipped, tables written elsewhere than beside the runs, an
+    unasked table, and a report that fails where git is not."""
+    write_pair(tmp_path / "runs")
+    monkeypatch.setenv("PATH", "")
+    report.main(["--runs", str(tmp_path / "runs"), "--tables", "table2", "fig7"])
+    text = (tmp_path / "runs/README.md").read_text()
+    command = "python report.py --runs runs --out runs --tables table2 fig7"
+    assert text.startswith(f"# Results\n\nMade by `{command}` at commit unknown, 20")
+    assert f" {report.platform.system()}, " in text and "cores" in text and str(tmp_path) not in text
+    assert [line for line in text.splitlines() if line.startswith("## ")] == [
+        "## Table 2, and ImageNet-64 from 3.1", "## Fig. 7, 25: λ", "## Claims"]
+
+
+GOOD = "adv/ddpm-100.npz.fd-exact.json"
+
+
+@pytest.mark.parametrize("flags, file, content, said", [
+    ([], None, None, "--runs {runs}: no scores, benchmark.json, log.jsonl or toy3d.json in it"),
+    (["--runs", "nowhere"], None, None, "--runs nowhere: no such folder"),
+    (["--tables", "table9"], GOOD, None, "--tables table9: there is no such table; they are toy3d, fig3"),
+    (["--tables", "price", "fig3"], GOOD, None, "--tables price: stands alone"),
+    ([], GOOD, "{broken", "{file}: damaged, or not what"),
+    ([], "a.npz.attack.json", "[]", "{file}: damaged, or not what"),
+    ([], "b.npz.fid.json", '{"metric": "distance", "protocol": {}}', "{file}: damaged, or not what"),
+    ([], "c.npz.fid.json", '{"metric": "FID", "value": 1, "protocol": {"config": 3}}', "{file}: damaged, or"),
+    ([], "log.jsonl", "nonsense\n", "{file}: damaged, or not what train.py"),
+    ([], "log.jsonl", '{"event": "start"}\n', "{file}: damaged, or not what train.py"),
+    ([], "benchmark.json", "{}", "{file}: damaged, or not what train.py --benchmark"),
+    ([], "toy3d.json", '{"protocol": {}, "records": [{}], "claims": []}', "{file}: damaged, or not what toy"),
+    ([], "toy3d.json", '{"protocol": {}, "records": [], "claims": [{}]}', "{file}: damaged, or not what toy"),
+    ([], "adv/ddpm-100.png", "no picture", "{file}: damaged, or not what sample.py")])
+def test_refusals(tmp_path, flags, file, content, said):
+    """Catches a traceback, and a damaged file passed over in silence, which would be a dash for no reason."""
+    runs = tmp_path / "runs"
+    runs.mkdir()
+    if file:
+        write_pair(runs)
+    if content:
+        (runs / file).write_text(content)
+    with pytest.raises(UserError) as error:
+        report.main(["--runs", str(runs), *flags])
+    assert str(error.value).startswith(said.format(runs=runs, file=runs / (file or ""))), str(error.value)
+    assert "\n" not in str(error.value) and not (runs / "README.md").exists()

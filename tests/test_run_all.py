@@ -1,0 +1,277 @@
+"""run_all.sh: its commands, their order, and what it does when one fails or when it is stopped. Nothing is trained: a
+stand-in for Python writes down what it is asked to run and makes the files that would come of it."""
+
+import argparse
+import importlib
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from conftest import HERE
+
+STAND_IN = r"""#!/bin/sh
+# A command that holds $FAIL dies as one that is out of memory does; one that holds $SLOW waits until it is told to end.
+if [ "$1" = -c ]; then PYTHONPATH=$STUBS exec "$REAL_PYTHON" -S "$@"; fi
+echo "GPUs ${CUDA_VISIBLE_DEVICES-}: $*" >> "$COMMANDS"
+if [ "$2" = torch.distributed.run ]; then shift 5; fi
+case "$*" in *"${FAIL:-no such words}"*) echo "out of memory" >&2; kill -9 $$ ;; esac
+case "$*" in *"${SLOW:-no such words}"*)
+    trap 'trap - TERM; sleep 0.3; echo saved >> "$COMMANDS"; exit 143' TERM
+    echo "waits: $$" >> "$COMMANDS"
+    for k in 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20; do sleep 0.1; done ;;
+esac
+name=toy3d last= kind=fid
+for word in "$@"; do
+    case "$last" in
+        --out) out=$word ;; --steps) steps=$word ;; --size) size=$word ;;
+        --sweep) name=$name-$word ;; --data) name=$name-$word ;;
+    esac
+    case "$word" in --balance) name=$name-balance ;; subspace) kind=fd-exact ;; pixels) kind=fd-pixels ;; esac
+    last=$word
+done
+case "$1" in
+    data.py) mkdir -p "$out"; : > "$out/$2-$size.json" ;;
+    toy3d.py) mkdir -p "$out"; : > "$out/$name.json" ;;
+    train.py)
+        mkdir -p "$out"
+        if [ "$last" = --benchmark ]; then : > "$out/benchmark.json"; exit; fi
+        : > "$out/samples-$(printf %08d "$steps").png" ;;
+    sample.py) : > "$out" ;;
+    attack.py) : > "$out"; : > "$out.attack.json" ;;
+    memorize.py) : > "$2.memorize.json" ;;
+    fid.py) for word in "$@"; do case "$word" in *.npz) : > "$word.$kind.json" ;; esac; done ;;
+esac
+"""
+
+
+class Kit:
+    """A folder with run_all.sh and the stand-in."""
+
+    def __init__(self, folder):
+        self.folder, self.commands, stubs = folder, folder / "commands.txt", folder / "stubs"
+        (folder / "run_all.sh").write_bytes((HERE / "run_all.sh").read_bytes())
+        (folder / "python").write_text(STAND_IN)
+        (folder / "python").chmod(0o755)
+        (stubs / "PIL").mkdir(parents=True)
+        for name, text in (("PIL/Image", ""), ("scipy", ""), ("numpy", "load = lambda file: []")):
+            (stubs / f"{name}.py").write_text(text)
+        (stubs / "torch.py").write_text("import os\nclass cuda:\n    device_count = lambda: int(os.environ['GPUS'])\n")
+
+    def start(self, *argv, **environment):
+        """bash run_all.sh ARGV as a process, in a process group of its own as a terminal gives it."""
+        self.commands.write_text("")
+        environment = dict(PYTHON=str(self.folder / "python"), REAL_PYTHON=sys.executable, COMMANDS=str(self.commands),
+                           STUBS=str(self.folder / "stubs"), LANES="2", GPUS="0") | environment
+        return subprocess.Popen(["bash", "run_all.sh", *argv], cwd=self.folder, env=os.environ | environment, text=True,
+                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+                                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))    # ignored behind &
+
+    def run(self, *argv, **environment):
+        """-> the commands given, what was printed, the exit status."""
+        process = self.start(*argv, **environment)
+        printed, _ = process.communicate(timeout=60)
+        return self.given(), printed, process.returncode
+
+    def wait_for(self, count):
+        """Waits until so many commands that hold $SLOW run at once. -> their process ids"""
+        deadline = time.monotonic() + 20
+        while (found := re.findall(r"waits: (\d+)", self.commands.read_text())) and len(found) < count or not found:
+            assert time.monotonic() < deadline, self.commands.read_text()
+            time.sleep(0.02)
+        return found
+
+    def given(self):
+        """The commands until now, without what precedes the script."""
+        return [re.sub(r"^GPUs .*?: (.* )?(?=\w+\.py)", "", line) for line in self.commands.read_text().splitlines()]
+
+    def listed(self, *argv, **environment):
+        """-> the chains that `list` prints, each a list of commands without what precedes the script."""
+        _, printed, status = self.run("list", *argv, **environment)
+        assert status == 0, printed
+        return [[re.sub(r"^.*?python (.* )?(?=\w+\.py)", "", command) for command in line.split(" && ")]
+                for line in printed.splitlines()]
+
+
+@pytest.fixture
+def kit(tmp_path):
+    """A Kit in a new folder."""
+    return Kit(tmp_path)
+
+
+class Parsed(Exception):
+    """What a script makes of its flags."""
+
+
+def parsed(command, monkeypatch):
+    """The flags of a command as its script takes them; checked as well where the script has a function for that."""
+    script, *argv = command.split()
+    module, parse = importlib.import_module(script.removesuffix(".py")), argparse.ArgumentParser.parse_args
+
+    def only_parse(self, argv=None, namespace=None):
+        raise Parsed(parse(self, argv, namespace))
+    if hasattr(module, "arguments"):
+        return module.arguments(argv)
+    with monkeypatch.context() as patch, pytest.raises(Parsed) as found:
+        patch.setattr(argparse.ArgumentParser, "parse_args", only_parse)
+        module.main(argv)
+    return found.value.args[0]
+
+
+@pytest.mark.parametrize("asked, chains, scripts", [
+    ("quick", 40, "data fid memorize sample toy3d train attack"), ("paper", 50, "data fid memorize sample toy3d train attack"),
+    ("quick price", 30, "data fid sample toy3d train attack"), ("dry", 50, "data fid memorize sample toy3d train attack")])
+def test_commands_are_what_the_scripts_take(kit, monkeypatch, asked, chains, scripts):
+    """Catches a flag that a script does not know or refuses, a command or a score twice in a chain, a chain without its
+    data, a stage before the model or the samples that it needs, and an attack whose percentage is not exact."""
+    listed = kit.listed(*asked.split(), TRAIN_FLAGS="--amp")
+    commands = [command for chain in listed for command in chain]
+    assert len(listed) >= chains and {command.split(".py")[0] for command in commands} == set(scripts.split())
+    for chain in listed:
+        assert len(set(chain)) == len(chain)
+        trained, sampled, judged = set(), set(), []
+        for command in chain:
+            script, args = command.split()[0], parsed(command, monkeypatch)
+            if script == "train.py":
+                assert chain[0].startswith("data.py") and args.amp
+                assert args.init is None or str(args.init) in trained
+                trained.add(str(args.out))
+            elif script in ("sample.py", "attack.py"):
+                assert args.run in trained
+                sampled.add(str(args.out))
+                if script == "attack.py":
+                    assert args.steps_attacked.endswith("%")
+                    assert asked == "dry" or int(args.steps_attacked[:-1]) * args.steps % 100 == 0
+            elif script == "fid.py":
+                judged += args.samples
+                assert sampled >= set(judged) and len(set(judged)) == len(judged)
+            elif script == "memorize.py":
+                assert args.samples in sampled
+
+
+def test_torchrun_takes_the_commands(kit):
+    """Catches flags that torchrun claims for itself, as --n was, and a launch on another number of GPUs than asked."""
+    from torch.distributed.run import parse_args
+    _, printed, _ = kit.run("list", "paper", "table1", "fig8", GPUS_PER_MODEL="8")
+    commands = re.findall(r"-m torch.distributed.run (.*?)(?: && |\n)", printed)
+    assert len(commands) > 70
+    for command in commands:
+        args = parse_args(command.split())
+        assert args.nproc_per_node == "8" and args.training_script in ("train.py", "sample.py", "attack.py", "fid.py")
+        assert args.training_script_args == command.split(".py ")[1].split()
+
+
+def test_tables_one_after_another_and_what_is_there_is_skipped(kit):
+    """Catches a first report that comes after the last table, a stage that `list` does not name or a run does not do, files
+    beside runs/ and data/, a second run that begins again, and one that does not see what is missing."""
+    there = set(kit.folder.iterdir())
+    listed = [chain for table in ("fig6", "table4") for chain in kit.listed("quick", table)]
+    given, printed, status = kit.run("quick", "fig6", "table4")
+    assert status == 0, printed
+    report = "report.py --runs runs/quick"
+    assert given.count(report) == 2 and given[-1] == report
+    first = given.index(report)
+    assert sorted(set(given[:first])) == sorted({command for chain in listed[:2] for command in chain})
+    done = set(given[first:]) - {report}                    # the data are there by then
+    assert done == {command for chain in listed[2:] for command in chain} - set(listed[0][:1])
+    for chain in listed[2:]:
+        assert [command for command in given if command in chain[1:]] == chain[1:]
+    assert set(kit.folder.iterdir()) - there == {kit.folder / "runs", kit.folder / "data", kit.commands} - there
+    assert kit.listed("quick", "fig6", "table4") == []
+    assert kit.run("quick", "fig6", "table4")[0] == [report]
+    for file in (kit.folder / "runs/quick/subspace/adv-p0.9-s0.1-fine-tuned").glob("ddpm-*"):
+        file.unlink()
+    again = [command for chain in listed for command in chain if "s0.1-fine-tuned/ddpm-100.npz" in command]
+    assert kit.run("quick", "fig6", "table4")[0] == [*again, report] and len(again) == 2
+
+
+def test_price_has_a_folder_of_its_own(kit):
+    """Catches numbers of the price among the paper's tables, and a table after it that goes into its folder."""
+    given, printed, status = kit.run("quick", "price", "cost", LANES="8")
+    assert status == 0, printed
+    cost = given[given.index("report.py --runs runs/price --tables price"):]
+    assert [command.split()[0] for command in cost] == ["report.py", "data.py", "train.py", "report.py"]
+    assert cost[2].endswith("--out runs/quick/subspace/adv-p0-s0-cost --benchmark")
+    models = list((kit.folder / "runs/price").glob("*/*/samples-*.png"))
+    assert len(models) == 27 and all((model.parent / "benchmark.json").exists() for model in models)
+
+
+@pytest.mark.parametrize("lanes", ["1", "2"])
+def test_a_stage_that_dies_ends_its_chain_alone(kit, lanes):
+    """Catches a stage killed for memory that is taken for Ctrl-C and stops all, one that is not named with its status and
+    the end of its output, one whose chain goes on without it, and exit status 0."""
+    given, printed, status = kit.run("quick", "fig6", "fig7", LANES=lanes, FAIL="train.py --data subspace --size 4 "
+                                     "--data-dir data --method ddpm")
+    assert status == 1 and "out of memory" in printed
+    assert re.search(r"FAILED with status 137: \S+ train.py .*--method ddpm", printed)
+    named = printed.split("These failed")[1]
+    assert named.count("status 137") == 1 and "--method ddpm" in named
+    assert not any("/ddpm-p0" in command for command in given if command.startswith(("sample", "fid", "memorize")))
+    for finished in ("adv-p0-s0-seed0/ddpm-100.npz.memorize.json", "adv-p0.9-s0.2-lam0.2/ddpm-100.npz.fd-exact.json"):
+        assert (kit.folder / "runs/quick/subspace" / finished).exists()
+
+
+@pytest.mark.parametrize("how", ["TERM", "TERM to all", "Ctrl-C"])
+def test_stopping_ends_what_was_started(kit, how):
+    """Catches commands that go on alone, ones that are not given the time to save, ones that are told twice, which kills
+    train.py before it has saved, lanes that begin another command meanwhile, and a stop that looks like an end."""
+    process = kit.start("quick", "table1", SLOW="--method")
+    running = kit.wait_for(2)
+    if how == "TERM":
+        process.send_signal(signal.SIGTERM)
+    else:
+        os.killpg(process.pid, signal.SIGINT if how == "Ctrl-C" else signal.SIGTERM)
+    printed, _ = process.communicate(timeout=20)
+    assert process.returncode == 130 and printed.endswith("run_all.sh: stopped; the same command goes on\n"), printed
+    lines = kit.commands.read_text().splitlines()
+    assert lines.count("saved") == 2 and sum("train.py" in line for line in lines) == 2 and "FAILED" not in printed
+    assert not any(script in line for line in lines for script in ("sample.py", "report.py"))
+    for pid in running:
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(pid), 0)
+
+
+@pytest.mark.parametrize("environment, expected", [
+    (dict(GPUS="3"), {"0", "1", "2"}), (dict(GPUS="4", GPUS_PER_MODEL="2"), {"0,1", "2,3"}),
+    (dict(GPUS="2", CUDA_VISIBLE_DEVICES="5,7"), {"5", "7"}), (dict(GPUS="1"), {"0"}), (dict(GPUS="0"), {""})])
+def test_every_chain_has_its_gpus(kit, environment, expected):
+    """Catches lanes that share a GPU while another idles, and GPUs beyond those that CUDA_VISIBLE_DEVICES allows."""
+    environment = dict(CUDA_VISIBLE_DEVICES="", LANES="", SLOW="train.py") | environment
+    if environment["CUDA_VISIBLE_DEVICES"] == "":
+        del environment["CUDA_VISIBLE_DEVICES"]
+    process = kit.start("paper", "table1", **environment)
+    kit.wait_for(len(expected))
+    process.send_signal(signal.SIGTERM)
+    printed, _ = process.communicate(timeout=20)
+    started = re.findall(r"GPUs (.*?): .*train\.py", kit.commands.read_text())
+    assert sorted(started) == sorted(expected), printed
+
+
+REFUSALS = [
+    ("fast", {}, "'fast' is not known; it is: bash run_all.sh"),
+    ("quick table9", {}, "'table9' is not a table of quick; they are: cost fig6"),
+    ("list paper price", {}, "'price' is not a table of paper"),
+    ("quick", dict(LANES="x"), "LANES=x: must be a positive number"),
+    ("quick", dict(LANES="0"), "LANES=0: must be a positive number"),
+    ("quick", dict(LANES="-1"), "LANES=-1: must be a positive number"),
+    ("paper", dict(GPUS_PER_MODEL="2.5"), "GPUS_PER_MODEL=2.5: must be a positive number"),
+    ("paper", dict(GPUS_PER_MODEL="8", GPUS="2"), "GPUS_PER_MODEL=8: there are 2"),
+    ("quick", dict(PYTHON="/my files/python"), "PYTHON='/my files/python': a path without spaces is needed"),
+    ("paper", dict(CELEBA="a b.zip"), "CELEBA='a b.zip': a path without spaces is needed"),
+    ("quick", dict(PYTHON="/nowhere/python"), "/nowhere/python: No such file or directory"),
+    ("quick", dict(STUBS="/nowhere"), "No module named 'numpy'; requirements.txt says what is needed"),
+    ("test", {}, "No module named 'pytest'; requirements.txt says what is needed"),
+]
+
+
+@pytest.mark.parametrize("argv, environment, line", REFUSALS)
+def test_refusals(kit, argv, environment, line):
+    """Catches what is found only when hours are spent: each of these is one line, status 2, before anything starts."""
+    given, printed, status = kit.run(*argv.split(), **environment)
+    assert status == 2 and not given and not (kit.folder / "runs").exists()
+    assert printed.startswith("run_all.sh: error: ") and line in printed and printed.count("\n") == 1

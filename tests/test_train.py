@@ -1,0 +1,469 @@
+"""train.py as a stage: command line, run folder, resume, processes, signals, checkpoints. Its method:
+test_core.py."""
+
+import hashlib
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import sample
+import train
+import unet
+from common import UserError, command_line
+from conftest import HERE, TINY
+
+DDPM = "--method", "ddpm"                                   # where the method does not matter: the cheapest
+LIKE_ONE = dict(paper=[], share=["--reg-share", 0.5])       # that processes and microbatches must not change
+
+
+@pytest.fixture(autouse=True)
+def as_it_was(monkeypatch):
+    """Four images instead of 36 in a grid: seconds saved. Training takes the signals; they are given back."""
+    monkeypatch.setattr(train, "GRID", 4)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def flags(shapes, out, *more):
+    """The flags of a tiny training on corrupted shapes: one level, and eight timesteps, so that a grid takes
+    eight passes."""
+    network = *TINY, "--mult", 1, "--attn", 8, "--schedule", "cosine", "--timesteps", 8
+    data = "--data-dir", shapes, "--p", 0.9, "--sigma", 0.2
+    return [str(part) for part in (*network, *data, "--out", out, *more)]
+
+
+def like_one(shapes, out, name):
+    """The flags of a run of LIKE_ONE."""
+    return flags(shapes, out, "--steps", 3, "--lr", 1e-4, "--batch", 4, *LIKE_ONE[name])
+
+
+def two_process_jobs(folder, shapes):
+    """The runs of LIKE_ONE with two processes, and one that each process was given another seed for."""
+    jobs = [(f"train-{name}", "train", like_one(shapes, folder / f"train-{name}", name)) for name in LIKE_ONE]
+    disagreeing = flags(shapes, folder / "disagree", "--steps", 2, "--seed", "{rank}")
+    return [*jobs, ("disagree", "train", disagreeing)]
+
+
+@pytest.fixture(scope="module")
+def trained(shapes, tmp_path_factory):
+    """A finished adversarial training of four steps, uninterrupted."""
+    out = tmp_path_factory.mktemp("trained") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "GRID", 4)
+        train.main(flags(shapes, out, "--steps", 4, "--save-every", 2))
+    return out
+
+
+def tensors(out):
+    """All tensors of a run's checkpoint as one dict: weights, EMA, optimiser."""
+    c = unet.load_checkpoint(out)
+    moments = {f"{k}.{name}": v for k, state in c["optimizer"]["state"].items() for name, v in state.items()}
+    weights = {f"{kind}.{name}": v for kind in ("model", "ema") for name, v in c[kind].items()}
+    return weights | moments
+
+
+def assert_same(found, expected):
+    """Bit for bit."""
+    assert found.keys() == expected.keys() and all(torch.equal(found[k], expected[k]) for k in found)
+
+
+def difference(found, expected, kind):
+    """||found - expected|| / ||expected|| over all tensors whose name has `kind` in it."""
+    a, b = (torch.cat([v.detach().double().flatten() for k, v in sorted(d.items()) if kind in k])
+            for d in (found, expected))
+    return float((a - b).norm() / b.norm())
+
+
+def log_of(out):
+    """The lines of log.jsonl."""
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def losses_of(out):
+    """The lines of log.jsonl that are steps."""
+    return [line for line in log_of(out) if "event" not in line]
+
+
+# -------------------------------------------------------------------------------------------- stop and resume
+
+def test_a_killed_run_goes_on_bit_for_bit(shapes, tmp_path):
+    """kill -9, then the same command: catches any state that a checkpoint forgets (EMA, its warm-up, AdamW's
+    moments, the place in the epoch, the streams), and a log with a step twice."""
+    out = tmp_path / "killed"
+    command = [sys.executable, HERE / "train.py", *flags(shapes, out, "--steps", 10**6, "--save-every", 2)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    until = time.monotonic() + 120
+    while not (out / "checkpoint.pt").exists() and process.poll() is None and time.monotonic() < until:
+        time.sleep(0.005)
+    process.kill()
+    process.wait()
+    steps = unet.load_checkpoint(out)["step"] + 2
+    train.main(flags(shapes, out, "--steps", steps, "--save-every", 2))
+    train.main(flags(shapes, tmp_path / "whole", "--steps", steps, "--save-every", 2))
+    assert_same(tensors(out), tensors(tmp_path / "whole"))
+    assert [line["step"] for line in losses_of(out)] == list(range(1, steps + 1))
+    assert (out / f"samples-{steps:08d}.png").exists()
+
+
+def test_a_signal_saves_and_leaves(shapes, trained, tmp_path, monkeypatch, capsys):
+    """SIGTERM in step 2, Ctrl-C in step 3: that step is finished, saved and named, and the same command goes
+    on, to the bit. Catches lines of the log that lie behind the checkpoint and are kept at the resume."""
+    advance, argv = train.Trainer.advance, flags(shapes, tmp_path / "run", "--steps", 4, "--save-every", 100)
+    for step, number in ((2, signal.SIGTERM), (3, signal.SIGINT)):
+
+        def interrupted(self, *batch):
+            if self.step == step - 1:
+                os.kill(os.getpid(), number)
+            return advance(self, *batch)
+
+        monkeypatch.setattr(train.Trainer, "advance", interrupted)
+        with pytest.raises(SystemExit) as leaving:
+            train.main(argv)
+        assert leaving.value.code == 128 + number and f"after step {step}: saved" in capsys.readouterr().out
+        assert unet.load_checkpoint(tmp_path / "run")["step"] == step
+        with open(tmp_path / "run" / "log.jsonl", "a") as log:      # as if a kill had come some steps later
+            log.write(json.dumps({"step": step + 1, "ddpm": 1e9}) + "\n")
+    monkeypatch.setattr(train.Trainer, "advance", advance)
+    train.main(argv)
+    assert_same(tensors(tmp_path / "run"), tensors(trained))
+    found, expected = (([line["step"], line["ddpm"], line["reg"]] for line in losses_of(out))
+                       for out in (tmp_path / "run", trained))
+    assert list(found) == list(expected) and len(losses_of(trained)) == 4
+
+
+def test_a_finished_run_is_left_alone(shapes, trained, capsys):
+    """The same command once more trains nothing and writes nothing."""
+    before = {file.name: file.read_bytes() for file in trained.iterdir()}
+    train.main(flags(shapes, trained, "--steps", 4, "--save-every", 2))
+    assert "is at step 4 already: nothing to do" in capsys.readouterr().out
+    assert {file.name: file.read_bytes() for file in trained.iterdir()} == before
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(shapes, trained, tmp_path, monkeypatch):
+    """The step is named, and the last good checkpoint stays: catches NaN weights saved over it."""
+    argv, real = flags(shapes, tmp_path / "run", "--save-every", 1, *DDPM), train.training_loss
+    train.main([*argv, "--steps", "2"])
+    good = tensors(tmp_path / "run")
+
+    def broken(*args, **settings):
+        return {name: term / (term - term) for name, term in real(*args, **settings).items()}
+
+    monkeypatch.setattr(train, "training_loss", broken)
+    expected = "loss of step 3 is not finite; the last good checkpoint is .*checkpoint.pt"
+    with pytest.raises(UserError, match=expected):
+        train.main([*argv, "--steps", "4"])
+    assert_same(tensors(tmp_path / "run"), good)
+    with pytest.raises(UserError, match="loss of step 1 is not finite; none was saved"):
+        train.main(flags(shapes, tmp_path / "fresh", "--save-every", 1))
+    assert not (tmp_path / "fresh" / "checkpoint.pt").exists()
+
+
+# --------------------------------------------------------------------------------- processes and microbatches
+
+@pytest.mark.parametrize("name", list(LIKE_ONE))
+def test_two_processes_and_microbatches_train_alike(name, shapes, tmp_path, two_processes):
+    """The model of one process, of two and of microbatches of 3, up to rounding. Catches rows trained twice
+    or never, a gradient averaged where it should be summed, dependence of the draws on the rank, and a part
+    without its share."""
+    folder, results = two_processes
+    assert results[f"train-{name}"] == ["ok", "ok"]
+    argv = like_one(shapes, tmp_path / "one", name)
+    train.main(argv)
+    train.main([*argv, "--microbatch", "3", "--out", str(tmp_path / "micro")])
+    one = tensors(tmp_path / "one")
+    for other in (folder / f"train-{name}", tmp_path / "micro"):
+        assert difference(tensors(other), one, "model.") < 1e-4, other
+        assert difference(tensors(other), one, "exp_avg") < 1e-2, other     # AdamW's moments: the gradients
+        for found, expected in zip(losses_of(other), losses_of(tmp_path / "one"), strict=True):
+            assert found["step"] == expected["step"]
+            assert found["ddpm"] == pytest.approx(expected["ddpm"], rel=1e-4)
+            assert found["reg"] == pytest.approx(expected["reg"], rel=1e-2)     # a sign of almost 0 can flip
+    log = log_of(folder / f"train-{name}")                  # written by one of the two
+    assert log[0]["world"] == 2 and [line.get("event") for line in log] == ["start", None, None, None, "grid"]
+
+
+def test_processes_with_different_commands_stop(two_processes):
+    """Two seeds would train a model that is nobody's: catches an agreement that is never checked."""
+    folder, results = two_processes
+    for said in results["disagree"]:
+        assert said.startswith("the processes were given different settings or data")
+    assert not (folder / "disagree").exists()
+
+
+# ------------------------------------------------------------------------------------------------- what it is
+
+# What Eq. 7, Eq. 6 and lambda_t give for the new network, whose output is 0: |delta|^2 for a random delta,
+# and, as its gradient is 0 too, for an adversarial one; 0 for the invariance of Eq. 14.
+@pytest.mark.parametrize("method, lam, units, omega, gamma", [
+    ("ran", 0.3, "x", 2.0, 8 / 255), ("adv", 1.0, "eps", 3.0, 0.1), ("inv", 0.3, "x", 2.0, 8 / 255)])
+def test_flags_reach_the_first_loss(method, lam, units, omega, gamma, shapes, tmp_path):
+    """By hand: catches a setting that is recorded but not used, losses logged of another step, or as sums or
+    twice."""
+    out, given = tmp_path / "run", ("--lam", lam, "--lam-units", units, "--omega", omega, "--gamma", gamma)
+    train.main(flags(shapes, out, "--steps", 1, "--method", method, "--seed", 3, *given))
+    t, beta, eps, u, _ = (part.double().numpy() for part in train.draw(3, 0, 8, (3, 8, 8), 8, "cpu"))
+    alpha_bar = np.cos((np.arange(9) / 8 + 0.008) / 1.008 * np.pi / 2) ** 2     # Nichol & Dhariwal's cosine
+    s = np.sqrt(1 - alpha_bar[1:] / alpha_bar[0])[t.astype(int)]
+    r = (s**omega + gamma * beta) / s                                                               # Eq. 7
+    lambda_t = lam * math.sqrt(3) / (beta * (s * r if units == "x" else r))
+    delta = r[:, None, None, None] * u
+    reg = 0 if method == "inv" else (lambda_t * (delta**2).mean(axis=(1, 2, 3))).mean()             # Eq. 6
+    line, = losses_of(out)
+    assert line["step"] == 1 and line["images_per_s"] > 0
+    assert (line["ddpm"], line["reg"]) == pytest.approx(((eps**2).mean(), reg), rel=1e-5)           # Eq. 3
+
+
+def test_ambient_trains_on_what_it_is_told(shapes, tmp_path, capsys):
+    """Catches flags that never reach the loss: told of more noise than any timestep has, nothing is
+    learnt."""
+    common = "--method", "ambient", "--steps", 1
+    train.main(flags(shapes, tmp_path / "a", *common, "--flags", "conf2", "--sigma-known", 1e6))
+    assert "100.0 % of the images taken for noisy (conf2)" in capsys.readouterr().out
+    train.main(flags(shapes, tmp_path / "b", *common))
+    assert losses_of(tmp_path / "a")[0]["ddpm"] == 0 and losses_of(tmp_path / "b")[0]["ddpm"] > 0.01
+    assert log_of(tmp_path / "b")[0]["config"]["training"]["sigma_known"] == 0.2        # --sigma's
+
+
+def test_amp_reaches_the_network(shapes, trained, tmp_path):
+    """Catches --amp that is recorded and ignored: the same steps, but for bfloat16's three digits."""
+    train.main(flags(shapes, tmp_path / "amp", "--steps", 4, "--amp"))
+    found, expected = losses_of(tmp_path / "amp")[3]["ddpm"], losses_of(trained)[3]["ddpm"]
+    assert found != expected and found == pytest.approx(expected, rel=0.05)
+    assert tensors(tmp_path / "amp")["model.out.2.weight"].dtype == torch.float32       # the weights stay
+
+
+def test_a_grid_leaves_the_training_alone(shapes, tmp_path):
+    """Catches dropout that stays off after a grid, and a grid that takes random numbers from the training."""
+    for name, every in (("without", 0), ("with", 1)):
+        more = "--dropout", 0.5, "--sample-every", every
+        train.main(flags(shapes, tmp_path / name, "--steps", 3, *more, *DDPM))
+    assert_same(tensors(tmp_path / "with"), tensors(tmp_path / "without"))
+    train.main(flags(shapes, tmp_path / "none", "--steps", 3, *DDPM))           # or the above says nothing
+    assert difference(tensors(tmp_path / "none"), tensors(tmp_path / "with"), "model.") > 1e-4
+
+
+def test_a_grid_shows_the_average(shapes, tmp_path):
+    """Pixel by pixel sample.py's picture of the EMA weights, seed 0. Catches a grid of the raw weights, of
+    other steps."""
+    out, pictures = tmp_path / "run", {}
+    train.main(flags(shapes, out, "--steps", 3, "--lr", 0.01, *DDPM))
+    for name, more in (("ema", []), ("raw", ["--raw"])):
+        sample.main([str(out), "--num-samples", "4", "--batch", "4", "--sampler", "ddim", "--out",
+                     str(tmp_path / f"{name}.npz"), *more])
+        pictures[name] = np.asarray(Image.open(tmp_path / f"{name}.png"), int)
+    grid = np.asarray(Image.open(out / "samples-00000003.png"), int)
+    assert np.abs(grid - pictures["ema"]).max() <= 1                # a level: float32 rounding at a boundary
+    assert np.abs(grid - pictures["raw"]).max() > 20
+
+
+def test_the_average_keeps_no_history(trained):
+    """Catches an average that autograd records: its graph grows with every step, 100 GB by the paper's last
+    one."""
+    assert not any(tensor.requires_grad for tensor in tensors(trained).values())
+
+
+def test_log_and_run_folder(shapes, trained, tmp_path):
+    """log.jsonl begins with all that made the run and lists every grid, in order; the checkpoint before the
+    last is kept."""
+    start, *rest = log_of(trained)
+    checkpoint = unet.load_checkpoint(trained)
+    assert start["event"] == "start" and start["step"] == 0
+    assert start["config"] == json.loads(json.dumps(checkpoint["config"]))
+    assert start["config"]["process"] == dict(schedule="cosine", timesteps=8)
+    assert start["config"]["data"] == dict(
+        name="shapes", size=8, count=64, p=0.9, sigma=0.2, data_seed=0, low=-1.0, high=1.0, float_data=False)
+    training = start["config"]["training"]
+    assert (training["method"], training["batch"], training["lr"], training["init"]) == ("adv", 8, 1e-3, None)
+    cuda = torch.cuda.is_available()
+    assert (start["world"], start["device"], start["tf32"]) == (1, "cuda" if cuda else "cpu", cuda)
+    assert start["torch"] == torch.__version__
+    assert start["code"]["train.py"] == hashlib.sha256((HERE / "train.py").read_bytes()).hexdigest()[:12]
+    lines = [(line["step"], line.get("event")) for line in rest]
+    assert lines == [(1, None), (2, None), (3, None), (4, None), (4, "grid")]
+    assert (checkpoint["step"], unet.load_checkpoint(trained / "checkpoint-previous.pt")["step"]) == (4, 2)
+    assert sorted(file.name for file in trained.iterdir()) == [
+        "checkpoint-previous.pt", "checkpoint.pt", "log.jsonl", "samples-00000004.png"]
+    train.main(flags(shapes, tmp_path / "run", "--steps", 3, "--sample-every", 2, *DDPM))
+    grids = [(line["step"], line["file"]) for line in log_of(tmp_path / "run") if line.get("event") == "grid"]
+    assert grids == [(2, "samples-00000002.png"), (3, "samples-00000003.png")]
+    assert all((tmp_path / "run" / file).exists() for _, file in grids)
+
+
+def test_benchmark_measures_and_trains_nothing(shapes, trained):
+    """benchmark.json beside a run that stays what it was; a step of adv costs more than one of ddpm."""
+    before = {file.name: file.read_bytes() for file in trained.iterdir()}
+    train.main(flags(shapes, trained, "--benchmark", "--batch", 2))
+    found = json.loads((trained / "benchmark.json").read_text())
+    (trained / "benchmark.json").unlink()
+    assert {file.name: file.read_bytes() for file in trained.iterdir()} == before
+    assert list(found["methods"]) == ["ddpm", "ran", "adv"]
+    assert all(cell["seconds"] > 0 and cell["peak_gib"] > 0 for cell in found["methods"].values())
+    ddpm, adv = (found["methods"][method]["seconds"] for method in ("ddpm", "adv"))
+    assert adv > 1.2 * ddpm                                 # three times the forwards
+    assert (found["batch"], found["device"], found["torch"], found["threads"]) == (
+        2, "cuda" if torch.cuda.is_available() else "cpu", torch.__version__, torch.get_num_threads())
+    assert found["config"]["process"]["timesteps"] == 8
+
+
+def test_fine_tuning_starts_from_a_checkpoint(shapes, trained, tmp_path):
+    """Ours gives weights, EMA and optimiser, a public file its weights alone; the step starts at 0, the
+    learning rate is the command's. Catches either part left behind, and the old learning rate, which would
+    move the weights."""
+    train.main(flags(shapes, tmp_path / "tuned", "--init", trained, "--steps", 1, "--lr", 1e-9, *DDPM))
+    before, after = tensors(trained), tensors(tmp_path / "tuned")
+    assert difference(after, before, "model.") < 1e-6 and 0 < difference(after, before, "ema.") < 0.1
+    assert int(after["0.step"]) == 5                        # four of the optimiser's steps were kept
+    assert unet.load_checkpoint(tmp_path / "tuned")["ema_updates"] == 5
+    start = log_of(tmp_path / "tuned")[0]
+    assert start["step"] == 0 and start["config"]["training"]["init"] == str(trained)
+    torch.save(unet.load_checkpoint(trained)["ema"], tmp_path / "public.pt")
+    train.main(flags(shapes, tmp_path / "bare", "--init", tmp_path / "public.pt", "--steps", 1, "--lr", 1e-9,
+                     *DDPM))
+    bare = tensors(tmp_path / "bare")
+    averages = {k.replace("ema.", "model."): v for k, v in before.items() if k.startswith("ema.")}
+    assert difference(bare, averages, "model.") < 1e-6 and int(bare["0.step"]) == 1
+
+
+def configured(*argv):
+    """The configuration of a command line, for 64x64 images."""
+    images = SimpleNamespace(size=64, shape=(3, 64, 64), low=-1, high=1, array=np.zeros(1, np.uint8))
+    images = type("Some", (), vars(images) | dict(__len__=lambda self: 1))()
+    return train.configuration(train.arguments(list(argv)), images, None)
+
+
+@pytest.mark.parametrize("preset", list(unet.PRESETS))
+def test_every_preset_reaches_the_network(preset):
+    """Catches a preset that the command line cannot build, a value of it lost on the way, a flag that does
+    not win."""
+    given = dict(size=64, in_channels=3, scale_shift=True) | unet.PRESETS[preset]
+    given |= dict(learn_sigma=True, dropout=0.25)
+    found = configured("--preset", preset, "--learn-sigma", "--dropout", "0.25", "--schedule", "cosine")
+    assert found["network"] == given and found["process"] == dict(schedule="cosine", timesteps=1000)
+
+
+def test_defaults_are_the_papers():
+    """METHOD.md's settings where no flag is given; the small ones for the small network."""
+    paper = configured("--data", "cifar10", "--p", "0.9", "--sigma", "0.2")
+    assert paper["training"] == dict(
+        method="adv", lam=0.3, lam_units="x", omega=2.0, gamma=8 / 255, reg_share=1.0, balance=False,
+        flags=None, sigma_known=None, batch=128, lr=1e-4, ema=0.9999, amp=False, seed=0, init=None,
+        streams=train.STREAMS)
+    assert paper["process"] == dict(schedule="linear", timesteps=1000)
+    assert paper["network"]["channels"] == 128 and paper["network"]["dropout"] == 0.3
+    args = train.arguments(["--data", "cifar10", "--method", "ddpm"])
+    assert (args.steps, args.out) == (500_000, Path("runs/cifar10-ddpm"))
+    small = train.arguments([])
+    assert (small.steps, small.batch, small.lr, small.ema) == (2000, 64, 1e-3, 0.995)
+    assert small.out == Path("runs/shapes-adv")
+
+
+# ------------------------------------------------------------------------------------ refusals, damaged files
+
+@pytest.mark.parametrize("argv, expected", [
+    ("--batch 65", "--batch 65: shapes has only 64 images"), ("--p 1.5", "--p 1.5: must be from 0 to 1"),
+    ("--sigma -1", "--sigma -1"), ("--sigma nan", "--sigma nan"), ("--lr 0", "--lr 0.0: must be positive"),
+    ("--steps -5", "--steps -5"), ("--ema 2", "--ema 2"), ("--omega 0.5", "--omega 0.5: must be at least 1"),
+    ("--microbatch 0", "--microbatch 0"), ("--reg-share 0.3", "--reg-share 0.3: must be 1, 1/2"),
+    ("--reg-share 0.0625", "--reg-share 0.0625: .*whole images"), ("--channels 33", "--channels 33"),
+    ("--mult 1,2,2,2,2", "--size 8"), ("--heads 7", "--heads 7"),
+    ("--schedule linear --timesteps 10", "--timesteps 10"),
+    ("--method ambient --learn-sigma", "--method ambient: .*leave out --learn-sigma"),
+    ("--data nothing", "nothing"), ("--data-dir nowhere", "python data.py shapes"),
+    ("--init nowhere.pt", "nowhere.pt: no such checkpoint"),
+    ("--init TRAINED --res-blocks 2", "its res_blocks is 1, not 2"),
+    ("--init TRAINED --timesteps 50", "its timesteps is 8, not 50"),
+    ("--out /proc/run", "cannot write /proc/run")])
+def test_train_refuses(argv, expected, shapes, trained, tmp_path, monkeypatch, capsys):
+    """Each wrong flag by its name, in one line with status 2, and nothing is left behind."""
+    monkeypatch.chdir(tmp_path)
+    more = [str(trained) if part == "TRAINED" else part for part in argv.split()]
+    with pytest.raises(SystemExit) as leaving:
+        command_line(lambda: train.main(flags(shapes, "run", *more)))
+    assert leaving.value.code == 2
+    assert re.fullmatch(f".*: error: .*{expected}.*\n", capsys.readouterr().err)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("argv, forgotten, expected", [
+    ("--method ran --lam 0.1", None, "--out .*: method was adv and is now ran; lam was 0.3 and is now 0.1"),
+    ("--p 0.5", None, "p was 0.9 and is now 0.5"), ("--timesteps 50", None, "timesteps was 8 and is now 50"),
+    ("--dropout 0.1", None, "dropout was 0.0 and is now 0.1"),
+    ("", "streams", "another version of train.py began")])
+def test_train_refuses_another_run_on_the_same_folder(argv, forgotten, expected, shapes, trained, tmp_path):
+    """Every setting that differs is named, and so is the random stream of an older version's checkpoint,
+    which has none."""
+    checkpoint = unet.load_checkpoint(trained)
+    if forgotten:
+        del checkpoint["config"]["training"][forgotten]
+    unet.save_checkpoint(tmp_path / "run" / "checkpoint.pt", checkpoint)
+    before = (tmp_path / "run" / "checkpoint.pt").read_bytes()
+    with pytest.raises(UserError, match=expected):
+        train.main(flags(shapes, tmp_path / "run", *argv.split()))
+    assert [file.read_bytes() for file in (tmp_path / "run").iterdir()] == [before]
+
+
+def test_train_refuses_rows_that_do_not_divide(shapes, tmp_path, monkeypatch):
+    """Three processes and a batch of 8, four and a quarter of it: catches a model that depends on their
+    number."""
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(UserError, match="--batch 8: is not a multiple of the 3 processes"):
+        train.main(flags(shapes, tmp_path))
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(UserError, match="--reg-share 0.25: .*each of the 4 process"):
+        train.main(flags(shapes, tmp_path, "--reg-share", 0.25))
+
+
+def flipped(whole):
+    """A file with one bit of one weight changed."""
+    at = whole.index(np.float32(500).tobytes())
+    return whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1:]
+
+
+@pytest.mark.parametrize("damage", [flipped, lambda whole: whole[:len(whole) // 2], lambda whole: b""])
+def test_damaged_checkpoints_are_named(damage, shapes, tmp_path):
+    """Never a fresh start, never wrong weights: one bit flipped, a file cut, an empty one; the file before is
+    kept."""
+    path = tmp_path / "run" / "checkpoint.pt"
+    for step in (1, 2):
+        unet.save_checkpoint(path, dict(config={}, step=step, model={"w": torch.arange(1000.0)}, ema={}))
+    assert unet.load_checkpoint(tmp_path / "run")["step"] == 2
+    assert unet.load_checkpoint(tmp_path / "run" / "checkpoint-previous.pt")["step"] == 1
+    path.write_bytes(damage(path.read_bytes()))
+    for read in (lambda: unet.load_checkpoint(path), lambda: train.main(flags(shapes, tmp_path / "run"))):
+        with pytest.raises(UserError, match="checkpoint.pt: damaged.* before it is .*checkpoint-previous.pt"):
+            read()
+    assert sorted(file.name for file in path.parent.iterdir()) == ["checkpoint-previous.pt", "checkpoint.pt"]
+
+
+class Evil:
+    """What a pickle can do when it is read."""
+
+    def __reduce__(self):
+        return Path.touch, (Path("executed"),)
+
+
+@pytest.mark.parametrize("content, expected", [
+    ({"config": Evil()}, "damaged, truncated or not a PyTorch checkpoint"),
+    ({"weights": torch.zeros(1)}, "neither a checkpoint of train.py nor an improved-diffusion state dict"),
+    (torch.zeros(1), "neither")])
+def test_foreign_files_are_refused(content, expected, tmp_path, monkeypatch):
+    """A pickle is not executed; a file of something else is called that."""
+    monkeypatch.chdir(tmp_path)
+    torch.save(content, "some.pt")
+    with pytest.raises(UserError, match=f"some.pt: {expected}"):
+        unet.load_checkpoint("some.pt")
+    assert not Path("executed").exists()
