@@ -4,255 +4,92 @@
 #   bash run_all.sh                        quick where there is no GPU, paper where there is one
 #   bash run_all.sh quick                  all tables at a small scale whose truth is known, on CPU cores
 #   bash run_all.sh paper table1 fig8      some of them, at the paper's scale, on all GPUs of this machine
+#   bash run_all.sh list paper table1      what is left to do, one model a line, for a cluster or GNU parallel
 #   bash run_all.sh dry                    every command of `paper` for two steps on shrunken data and networks
 #   bash run_all.sh test                   the tests
 #
-# Tables: toy fig3 table1 table2 fig6 fig7 fig8 table4 table5 (fig. 4, 5, 12 to 24 come with them); price, the cost of the
-# regulariser beyond the paper, only where it is asked for. Every stage is a plain command, printed before it runs. Finished
-# stages are skipped, so that a run that was stopped goes on; a stage that fails is reported at the end and the others go on.
-# Models are shared by the tables.
+# Tables: cost toy fig3 table1 table2 fig6 fig7 fig8 table4 table5 (fig. 4, 5, 12 to 24 come with them), and, only
+# where it is asked for, quick's price: the cost of the regulariser, beyond the paper. They are made one after
+# another, the cheapest first, each followed by report.py. The commands of one model are a chain; chains run side by
+# side. What is there already is skipped: a run that was stopped goes on. A command that fails ends its chain alone.
 #
 # PYTHON=python3            this environment as it is, instead of a .venv made here
-# LANES=4                   commands at a time (default: quick and dry the cores, at most 8; paper one)
-# TRAIN_FLAGS="--amp"       more flags for the tables' trainings
-# CELEBA=img_align_celeba.zip LSUN_BEDROOM=... IMAGENET64=... BUTTERFLIES=...      what data.py takes as --src; CIFAR10=...
-#                           in place of its download
-# NNODES=2 NODE_RANK=0 MASTER_ADDR=host0 MASTER_PORT=29500     the same command on every machine, on one shared folder, with
-#                           the same PYTHON; what is not distributed runs on NODE_RANK 0, and the others wait for it
+# LANES=4                   chains at a time (default: paper one a GPU; quick and dry the cores, at most 8)
+# GPUS_PER_MODEL=8          GPUs for one chain, by torchrun (default 1)
+# TRAIN_FLAGS="--amp"       more flags for every training
+# CELEBA=img_align_celeba.zip LSUN_BEDROOM=... IMAGENET64=... BUTTERFLIES=... CIFAR10=...      data.py's --src
+
+# shellcheck disable=SC2046,SC2086,SC2329                   # words of flags; functions called by name
 set -euo pipefail
 cd "$(dirname "$0")"
 
-fail() {
-    echo "run_all.sh: error: $*" >&2
-    exit 2
+# ------------------------------------------------------------------------------------------------- the scales
+
+quick() {
+    TABLES="cost fig6 fig7 table1 fig8 toy fig3 table2 table4 table5" BEYOND=price ROOT=runs/quick DATA=data
+    MAIN=subspace DATASETS=subspace FIG7=subspace FIG7_NOISES="0.9:0.2" TABLE4=subspace
+    SUBSPACE_IMAGES=shapes SIZE=4
+    SEEDS="0 1 2" STEPS=600 TUNE=150 FULL=100 DDIM=50 N=256 N_ATTACK=128 ATTACK_STEPS=48
+    # So short a training needs --balance: FD-exact is ten times larger without, high noise levels not learnt yet.
+    TRAIN="--preset small --mult 1 --batch 32 --lr 2e-3 --ema 0.99 --balance --sample-every 150"
+    SAMPLE="--batch 256" ATTACK="--iters 5 --eot 2" FEATURES="--features pixels" METRIC=fd-pixels
+    TOY="" TOY_SWEEP="--seeds 1"
+    ABOUT="4x4 subspace data, $STEPS steps a model: about 30 minutes on two slow cores, price two hours more"
 }
 
-set_up() {
-    if [ -n "${PYTHON:-}" ]; then return; fi
-    PYTHON=.venv/bin/python
-    if cmp -s requirements.txt .venv/installed.txt; then return; fi
-    if ! python3 -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then
-        fail "python3 is $(python3 --version 2>&1 || echo missing); 3.10 or newer is needed"
-    fi
-    echo "run_all.sh: making .venv with the packages of requirements.txt"
-    if ! python3 -m venv .venv; then
-        fail "python3 -m venv failed; on Debian or Ubuntu: apt install python3-venv"
-    fi
-    "$PYTHON" -m pip install --quiet --requirement requirements.txt
-    "$PYTHON" -m pip install --quiet matplotlib || echo "run_all.sh: no matplotlib: tables without figures"
-    cp requirements.txt .venv/installed.txt
+paper() {
+    TABLES="cost toy fig3 fig6 table1 table5 table4 table2 fig7 fig8" BEYOND="" ROOT=runs/paper DATA=data
+    MAIN=cifar10 DATASETS="cifar10 celeba lsun_bedroom imagenet64" FIG7=lsun_bedroom
+    FIG7_NOISES="0:0 0.9:0.1 0.9:0.2" TABLE4=celeba SUBSPACE_IMAGES=butterflies SIZE=""
+    SEEDS=0 STEPS=500000 TUNE=158300 FULL=1000 DDIM=250 N=50000 N_ATTACK=50000 ATTACK_STEPS=1000
+    TRAIN="--sample-every 50000" SAMPLE="--batch 500" ATTACK="" FEATURES="" METRIC=fid TOY="" TOY_SWEEP=""
+    ABOUT="$STEPS steps a model: every training prints its own estimate in its first minute"
 }
 
-# ---------------------------------------------------------------------------------------------------------- stages
-
-# job PHASE TARGET COMMAND...: to be run in its phase unless TARGET is there or is asked for already.
-SEEN="|"
-job() {
-    local phase=$1 target=$2
-    shift 2
-    case "$SEEN" in *"|$target|"*) return ;; esac
-    SEEN="$SEEN$target|"
-    if [ -e "$target" ]; then return; fi
-    printf '%s\t%s\n' "$target" "$*" >> "$QUEUE.$phase"
+# The paper's commands with what makes them short appended: the last of two equal flags counts.
+dry() {
+    paper
+    ROOT=runs/dry DATA=runs/dry/data SIZE=16 STEPS=2 TUNE=1 N=2 N_ATTACK=2
+    TRAIN="--sample-every 50000 --channels 32 --res-blocks 1 --mult 1,1 --attn 8 --heads 2 --timesteps 25"
+    TRAIN="$TRAIN --batch $((4 * GPUS_PER_MODEL))" SAMPLE="--batch 500 --steps 2" ATTACK="--iters 2 --eot 2"
+    FEATURES="--features pixels" METRIC=fd-pixels TOY="--steps 2 --seeds 1 --num-samples 64" TOY_SWEEP=$TOY
+    ABOUT="two steps a model"
+    export CIFAR10=$ROOT/images CELEBA=$ROOT/images LSUN_BEDROOM=$ROOT/images IMAGENET64=$ROOT/images
+    export BUTTERFLIES=$ROOT/images
 }
 
-# one_job "TARGET<tab>COMMAND": runs it; with several lanes its output goes to a file, and its end is said.
-one_job() {
-    local target=${1%%$'\t'*} command=${1#*$'\t'} began=$SECONDS log status=0
-    echo "\$ $command"
-    if [ "${NODE_RANK:-0}" != 0 ] && [[ "$command" != *--nnodes* ]]; then
-        until [ -e "$target" ] || [ -e "$target.failed" ]; do sleep 5; done
-        return 0
-    fi
-    if [ "$LANES" = 1 ]; then
-        $command &
-    else
-        log=$(mktemp "$ROOT/logs/XXXXXXXX")
-        $command > "$log" 2>&1 &
-    fi
-    echo $! >> "$QUEUE.running"
-    wait $! || status=$?
-    if [ "$status" -ge 130 ]; then return 255; fi           # stopped: xargs starts no more
-    if [ "$status" != 0 ]; then
-        echo "  FAILED, status $status: $command: $(if [ "$LANES" != 1 ]; then tail -n 1 "$log"; fi)"
-        echo "$command" >> "$QUEUE.failed"
-        if [ -d "$(dirname "$target")" ] && [ "${NNODES:-1}" -gt 1 ]; then touch "$target.failed"; fi
-    elif [ "$LANES" != 1 ]; then
-        echo "  $((SECONDS - began)) s: $command"
-    fi
-}
-export -f one_job
+# ------------------------------------------------------------------------------------------------- the tables
 
-# What was started is ended, and has saved, before this ends.
-stop() {
-    trap '' INT TERM
-    kill "$XARGS" 2> /dev/null || true
-    local pid
-    while read -r pid; do
-        kill "$pid" 2> /dev/null || true
-        while kill -0 "$pid" 2> /dev/null; do sleep 0.2; done
-    done < "$QUEUE.running"
-    echo "run_all.sh: stopped; the same command goes on" >&2
-    exit 130
-}
-
-run_phases() {
-    local phase data target file found
-    for phase in images data train tune sample score; do
-        for data in $DATASETS subspace cifar10; do          # one fid.py for all samples of a data set
-            if [ $phase = score ] && [ -s "$QUEUE.fid-$data" ]; then
-                found=""
-                while IFS=$'\t' read -r target file; do
-                    if [ -e "$file" ]; then found="$found $file"; fi
-                done < "$QUEUE.fid-$data"
-                if [ -n "$found" ]; then
-                    # shellcheck disable=SC2086
-                    printf '%s\t%s\n' "$target" "$HERE_LAUNCH -- fid.py$found --ref $data --data-dir $DATA $(
-                        if [ "$data" != subspace ]; then echo "$SCORE"; fi)" >> "$QUEUE.score"
-                fi
-                rm "$QUEUE.fid-$data"
-            fi
-        done
-        if [ -s "$QUEUE.$phase" ]; then
-            tr '\n' '\0' < "$QUEUE.$phase" > "$QUEUE.now"
-            : > "$QUEUE.running"
-            xargs -0 -n 1 -P "$LANES" "$BASH" -c 'one_job "$1"' _ < "$QUEUE.now" &
-            XARGS=$!
-            trap stop INT TERM
-            wait $XARGS || true
-            trap - INT TERM
-            rm "$QUEUE.$phase"
-        fi
-    done
-    if [ "${NODE_RANK:-0}" = 0 ]; then
-        "$PYTHON" report.py --runs "$ROOT" --out "$RESULTS" || echo "report.py --runs $ROOT" >> "$QUEUE.failed"
-    fi
-}
-
-# ----------------------------------------------------------------------------------------- what the tables are made of
-
-# run_of DATA METHOD P SIGMA [more]: the folder of a training
-run_of() { echo "$ROOT/$1/$2-p$3-s$4${5:+-$5}"; }
-
-# model DATA METHOD P SIGMA NAME [flags]: trains it; NAME tells apart what the flags change ("" for nothing).
-model() {
-    local data=$1 method=$2 p=$3 sigma=$4 name=$5 out
-    out=$(run_of "$data" "$method" "$p" "$sigma" "$name")
-    shift 5
-    prepare "$data"
-    # shellcheck disable=SC2086
-    job train "$out/samples-$(printf %08d "$STEPS").png" $LAUNCH train.py --data "$data" $(size "$data") --data-dir "$DATA" \
-        --method "$method" --p "$p" --sigma "$sigma" --steps "$STEPS" $TRAIN ${TRAIN_FLAGS:-} "$@" --out "$out"
-}
-
-# samples RUN SAMPLER STEPS: samples and their score
-samples() {
-    # shellcheck disable=SC2086
-    job sample "$1/$2-$3.npz" $LAUNCH -- sample.py "$1" --n "$N" --sampler "$2" --steps "$3" $SAMPLE --out "$1/$2-$3.npz"
-    score "$(basename "$(dirname "$1")")" "$1/$2-$3.npz"
-}
-
-# score DATA SAMPLES: by fid.py, together with all others of the same data set
-score() {
-    local metric=$METRIC
-    if [ "$1" = subspace ]; then metric=fd-exact; fi
-    job "fid-$1" "$2.$metric.json" "$2"
-}
-
-# pair DATA P SIGMA: ddpm and adv, sampled with all steps of DDPM and with DDIM, for every seed
-pair() {
-    local seed method
-    for seed in $SEEDS; do
-        for method in ddpm adv; do
-            model "$1" $method "$2" "$3" "seed$seed" --seed "$seed"
-            samples "$(run_of "$1" $method "$2" "$3" "seed$seed")" ddpm "$FULL"
-            samples "$(run_of "$1" $method "$2" "$3" "seed$seed")" ddim "$DDIM"
-        done
-    done
-}
-
-# one DATA METHOD P SIGMA NAME [flags]: a model and its samples, once
-one() {
-    model "$@"
-    samples "$(run_of "$1" "$2" "$3" "$4" "$5")" ddpm "$FULL"
-}
-
-# prepare DATA ["--size N"]: CELEBA=img_align_celeba.zip and so on say where data.py finds what it cannot download.
-prepare() {
-    local name=$1 phase=data source size
-    size=${2:-$(size "$name")}
-    case "$name" in
-        subspace)
-            source="--images $SUBSPACE_IMAGES"
-            if [ "$SUBSPACE_IMAGES" != shapes ]; then prepare "$SUBSPACE_IMAGES"; fi ;;
-        *)
-            phase=images
-            source=$(echo "$name" | tr '[:lower:]' '[:upper:]')
-            source=${!source:+--src ${!source}} ;;
-    esac
-    # shellcheck disable=SC2086
-    job $phase "$DATA/$name-${size#--size }.npy" "$PYTHON" data.py "$name" $size --out "$DATA" $source
-}
-
-size() {
-    case "$SCALE-$1" in
-        dry-*) echo --size 16 ;;
-        *-cifar10) echo --size 32 ;; *-celeba | *-imagenet64) echo --size 64 ;; *-lsun_bedroom) echo --size 256 ;;
-        *) echo "--size $SUBSPACE" ;;
-    esac
-}
-
-# ---------------------------------------------------------------------------------------------------------- the tables
+# A step of ddpm, ran and adv: a table of its own, so that nothing else runs meanwhile.
+cost() { training "$MAIN" adv 0 0 cost; benchmark; }
 
 toy() {
-    # shellcheck disable=SC2086
-    job train "$ROOT/toy3d/toy3d.json" "$PYTHON" toy3d.py $TOY --out "$ROOT/toy3d"
-    local sweep
-    for sweep in lam omega; do
-        # shellcheck disable=SC2086
-        job train "$ROOT/toy3d/toy3d-$sweep.json" "$PYTHON" toy3d.py --sweep $sweep $TOY_SWEEP --out "$ROOT/toy3d"
-    done
+    toy3d toy3d $TOY
+    toy3d toy3d-lam --sweep lam $TOY_SWEEP
+    toy3d toy3d-omega --sweep omega $TOY_SWEEP
 }
 
 fig3() {
-    local noise seed
     for noise in "0 0" "0.9 0.1"; do
-        for seed in $SEEDS; do
-            for method in ddpm ran adv; do
-                # shellcheck disable=SC2086
-                one subspace $method $noise "seed$seed" --seed "$seed"
-            done
-        done
-        # shellcheck disable=SC2086
-        one subspace inv $noise lam0.3 --lam 0.3
-        # shellcheck disable=SC2086
-        one subspace inv $noise lam0.03 --lam 0.03
-    done
-}
-
-table1_top() {
-    local sigma method seed
-    for sigma in 0.1 0.2; do
-        for method in ran adv; do
-            for seed in $SEEDS; do one "$MAIN" $method 0.9 $sigma "seed$seed" --seed "$seed"; done
-        done
+        for method in ddpm ran adv; do seeds subspace $method $noise; done
+        for lam in 0.3 0.03; do one subspace inv $noise lam$lam --lam $lam; done
     done
 }
 
 table1() {
-    local method steps
-    table1_top
+    for sigma in 0.1 0.2; do
+        for method in ran adv; do seeds "$MAIN" $method 0.9 $sigma; done
+    done
     for method in ddpm adv; do
         model "$MAIN" $method 0 0 seed0 --seed 0
-        for steps in 300 500 1000; do samples "$(run_of "$MAIN" $method 0 0 seed0)" ddpm $steps; done
+        for steps in 300 500 1000; do samples ddpm $steps; done
+        judge
     done
 }
 
 table2() {
-    local data noise
     for data in $DATASETS; do
         for noise in "0 0" "0.9 0.1" "0.9 0.2"; do
-            # shellcheck disable=SC2086
             if [ "$data $noise" != "imagenet64 0 0" ]; then pair "$data" $noise; fi
         done
     done
@@ -260,231 +97,364 @@ table2() {
 }
 
 fig6() {
-    local method run
     for method in ddpm adv; do
         one "$MAIN" $method 0 0 seed0 --seed 0
-        run=$(run_of "$MAIN" $method 0 0 seed0)
-        # shellcheck disable=SC2046,SC2086
-        job score "$run/ddpm-$FULL.npz.memorize.json" "$PYTHON" memorize.py "$run/ddpm-$FULL.npz" --data "$MAIN" \
-            $(size "$MAIN") --data-dir "$DATA" $MEMORIZE
+        stage "$RUN/ddpm-$FULL.npz.memorize.json" "$PYTHON" memorize.py "$RUN/ddpm-$FULL.npz" --data "$MAIN" \
+            --data-dir "$DATA" $FEATURES
     done
 }
 
 fig7() {
-    local lam sigma p
-    for sigma in $FIG7_SIGMAS; do
-        p=$(if [ "$sigma" = 0 ]; then echo 0; else echo 0.9; fi)
-        for lam in 0.1 0.2; do one "$FIG7" adv "$p" "$sigma" lam$lam --lam $lam; done
-        one "$FIG7" adv "$p" "$sigma" seed0 --seed 0
+    for noise in $FIG7_NOISES; do
+        for lam in 0.1 0.2; do one "$FIG7" adv ${noise/:/ } lam$lam --lam $lam; done
+        one "$FIG7" adv ${noise/:/ } seed0 --seed 0         # lambda 0.3
     done
 }
 
 fig8() {
-    local method attack percent run name
     for method in ddpm adv; do
-        one "$MAIN" $method 0 0 seed0 --seed 0
-        run=$(run_of "$MAIN" $method 0 0 seed0)
-        # shellcheck disable=SC2086
-        job sample "$run/none.attack.json" $LAUNCH -- attack.py "$run" --steps-attacked 0 --n "$N_ATTACK" --steps "$ATTACK_STEPS" \
-            $SAMPLE --out "$run/none.npz"
-        score "$MAIN" "$run/none.npz"
-        for attack in fgsm pgd eot noise drift; do
-            for percent in 25 50 75 100; do
-                name=$attack-$percent
-                # shellcheck disable=SC2086
-                job sample "$run/$name.attack.json" $LAUNCH -- attack.py "$run" --attack $attack --steps-attacked $percent% \
-                    --n "$N_ATTACK" --steps "$ATTACK_STEPS" $SAMPLE $ATTACK --out "$run/$name.npz"
-                score "$MAIN" "$run/$name.npz"
-            done
+        model "$MAIN" $method 0 0 seed0 --seed 0
+        samples ddpm "$FULL"
+        attacked fgsm 0
+        for attack in fgsm pgd "pgd --as-printed" eot "eot --as-printed" noise drift; do
+            for percent in 25 50 75 100; do attacked "$attack" $percent; done
         done
+        judge
     done
 }
 
 table4() {
-    local sigma from out
     for sigma in 0.1 0.2; do
         pair "$TABLE4" 0.9 $sigma
-        from=$(run_of "$TABLE4" ddpm 0.9 $sigma before-tuning)
         STEPS=$((STEPS - TUNE)) model "$TABLE4" ddpm 0.9 $sigma before-tuning
-        out=$(run_of "$TABLE4" adv 0.9 $sigma fine-tuned)
-        # shellcheck disable=SC2046,SC2086
-        job tune "$out/samples-$(printf %08d "$TUNE").png" $LAUNCH train.py --data "$TABLE4" $(size "$TABLE4") --data-dir "$DATA" \
-            --method adv --p 0.9 --sigma $sigma --init "$from" --steps "$TUNE" $TRAIN ${TRAIN_FLAGS:-} --out "$out"
-        samples "$out" ddpm "$FULL"
+        STEPS=$TUNE AFTER=$RUN one "$TABLE4" adv 0.9 $sigma fine-tuned --init "$RUN"
     done
 }
 
 table5() {
-    local noise flags
     for noise in "0 0" "0.9 0.1" "0.9 0.2"; do
-        for flags in oracle conf1 conf2; do
-            # shellcheck disable=SC2086
-            one "$MAIN" ambient $noise $flags --flags $flags
-        done
-        # shellcheck disable=SC2086
+        for flags in oracle conf1 conf2; do one "$MAIN" ambient $noise $flags --flags $flags; done
         pair "$MAIN" $noise
     done
 }
 
-# Beyond the paper: the regulariser on a share of the batch, with and without --balance, on 3-D data, on 8x8 subspace data
-# and on real images, where a step is arithmetic and not overhead. CIFAR-10 is downloaded, or CIFAR10=... says where it is.
+# Beyond the paper: the regulariser on a share of the batch, with and without --balance, on 3-D data, on 8x8
+# subspace data and on real images, where a step is arithmetic and not overhead.
 price() {
-    local data balance seed share
-    for data in "" "--data 3-gaussians"; do
-        for balance in "" --balance; do
-            # shellcheck disable=SC2086
-            job train "$ROOT/toy3d/toy3d-reg-share${data:+-3-gaussians}${balance:+-balance}.json" "$PYTHON" toy3d.py \
-                --sweep reg-share $data $balance --out "$ROOT/toy3d"
+    ROOT=runs/price REPORT="--tables price"
+    toy3d toy3d-reg-share --sweep reg-share
+    toy3d toy3d-reg-share-balance --sweep reg-share --balance
+    toy3d toy3d-reg-share-3-gaussians --sweep reg-share --data 3-gaussians
+    toy3d toy3d-reg-share-3-gaussians-balance --sweep reg-share --data 3-gaussians --balance
+    SIZE=8 STEPS=1000 FULL=100 ATTACK_STEPS=100 N_ATTACK=64
+    TRAIN="--preset small --mult 1,1 --batch 64 --lr 1e-3 --ema 0.99"
+    prices subspace "0 1 2"
+    priced subspace 0 adv share0.25 --reg-share 0.25
+    SIZE=16 STEPS=400 FULL=50 ATTACK_STEPS=50 N_ATTACK=32
+    TRAIN="--preset small --mult 1,2 --attn 8 --batch 32 --lr 2e-3 --ema 0.98"
+    prices cifar10 "0 1"
+}
+
+prices() {                                                  # DATA SEEDS
+    for seed in $2; do
+        priced "$1" "$seed" ddpm ddpm
+        for share in 1 0.25 0.125; do balanced "$1" "$seed" $share; done
+    done
+    for share in 0.5 0.0625; do balanced "$1" 0 $share; done
+    priced "$1" 0 adv share1
+}
+
+balanced() { priced "$1" "$2" adv "share$3-balance" --reg-share "$3" --balance; }       # DATA SEED SHARE
+
+priced() {                                                  # DATA SEED METHOD NAME [flags]
+    model "$1" "$3" 0.9 0.2 "$4-seed$2" --seed "$2" "${@:5}"
+    benchmark
+    samples ddpm "$FULL"
+    attacked fgsm 100
+    judge
+}
+
+# -------------------------------------------------------------------------------- what the tables are made of
+
+# training DATA METHOD P SIGMA NAME [flags]: begins a chain, or goes on with that of the run AFTER. RUN is its
+# folder, where NAME tells apart what the flags change, TRAINING its command, SAMPLES what is sampled from it.
+training() {
+    RUN=$ROOT/$1/$2-p$3-s$4-$5 OF=$1 SAMPLES=""
+    CHAIN=${AFTER:-$RUN}
+    prepare "$1"
+    TRAINING="$LAUNCH train.py --data $1 --size $(size "$1") --data-dir $DATA --method $2 --p $3 --sigma $4"
+    TRAINING="$TRAINING --steps $STEPS $TRAIN ${TRAIN_FLAGS:-} ${*:6} --out $RUN"
+}
+
+# prepare DATA: every chain begins with it; the first one at it does the work.
+prepare() {
+    local flags source
+    if [ "$1" = subspace ]; then
+        flags="--images $SUBSPACE_IMAGES"
+        if [ "$SUBSPACE_IMAGES" != shapes ]; then prepare "$SUBSPACE_IMAGES"; fi
+    else
+        source=$(echo "$1" | tr '[:lower:]' '[:upper:]')    # CELEBA=img_align_celeba.zip
+        flags=${!source:+--src ${!source}}
+    fi
+    stage "$DATA/$1-$(size "$1").json" "$PYTHON" data.py "$1" --size "$(size "$1")" --out "$DATA" $flags
+}
+
+size() {
+    case "${SIZE:-$1}" in
+        celeba | imagenet64) echo 64 ;;
+        lsun_bedroom) echo 256 ;;
+        *) echo "${SIZE:-32}" ;;
+    esac
+}
+
+# model, as training: trains it.
+model() { training "$@"; stage "$RUN/samples-$(printf %08d "$STEPS").png" $TRAINING; }
+
+# What a step of this training costs here.
+benchmark() { stage "$RUN/benchmark.json" $TRAINING --benchmark; }
+
+# sampled NAME TARGET SCRIPT [flags]: samples of the model as NAME.npz
+sampled() {
+    SAMPLES="$SAMPLES $RUN/$1.npz"
+    stage "$RUN/$2" $LAUNCH "$3" "$RUN" "${@:4}" $SAMPLE --out "$RUN/$1.npz"
+}
+
+# samples SAMPLER STEPS
+samples() { sampled "$1-$2" "$1-$2.npz" sample.py --sampler "$1" --num-samples "$N" --steps "$2"; }
+
+# attacked "ATTACK [flags]" PERCENT: so many of the sampling steps
+attacked() {
+    local name=${1// --/-}-$2
+    sampled "$name" "$name.npz.attack.json" attack.py --attack $1 --steps-attacked "$2%" \
+        --num-samples "$N_ATTACK" --steps "$ATTACK_STEPS" $ATTACK
+}
+
+# The scores of the model's samples, in one call. Those of subspace data are exact.
+judge() {
+    local metric=$METRIC features=$FEATURES file left=""
+    if [ "$OF" = subspace ]; then metric=fd-exact features=""; fi
+    for file in $SAMPLES; do
+        if wanted "$file.$metric.json"; then left="$left $file"; fi
+    done
+    if [ -n "$left" ]; then
+        add "${left##* }.$metric.json" $LAUNCH fid.py $left --ref "$OF" --data-dir "$DATA" $features
+    fi
+}
+
+# one, as model: a model, its samples by DDPM, their score
+one() { model "$@"; samples ddpm "$FULL"; judge; }
+
+# seeds DATA METHOD P SIGMA: one for every seed
+seeds() {
+    local seed
+    for seed in $SEEDS; do one "$@" "seed$seed" --seed "$seed"; done
+}
+
+# pair DATA P SIGMA: ddpm and adv, for every seed, by DDIM too
+pair() {
+    local seed method
+    for seed in $SEEDS; do
+        for method in ddpm adv; do
+            model "$1" $method "$2" "$3" "seed$seed" --seed "$seed"
+            samples ddpm "$FULL"
+            samples ddim "$DDIM"
+            judge
         done
     done
-    for seed in 0 1 2; do
-        price_of subspace $seed ddpm --method ddpm
-        for share in 1 0.25 0.125; do price_of subspace $seed share$share-balance --method adv --reg-share $share --balance; done
+}
+
+# toy3d NAME [flags]: a chain of its own, which writes NAME.json
+toy3d() {
+    CHAIN=$ROOT/toy3d/$1
+    stage "$CHAIN.json" "$PYTHON" toy3d.py "${@:2}" --out "$ROOT/toy3d"
+}
+
+# ------------------------------------------------------------------------------------------- chains and lanes
+
+# stage TARGET COMMAND...: adds it to the chain if its target is wanted.
+stage() { if wanted "$1"; then add "$@"; fi; }
+
+# wanted TARGET: whether it is missing, and the chain does not make it already
+wanted() {
+    case "$ASKED" in *"|$CHAIN $1|"*) return 1 ;; esac
+    ASKED="$ASKED|$CHAIN $1|"
+    [ ! -e "$1" ]
+}
+
+# add TARGET COMMAND...: a line of the chain's file. $WORK/chains names these files, the first one begun first.
+add() {
+    local chain=$WORK/${CHAIN//\//-}
+    if [ ! -e "$chain" ]; then echo "$chain" >> "$WORK/chains"; fi
+    printf '%s\t%s\n' "$1" "${*:2}" >> "$chain"
+}
+
+# plan TABLES: their chains. A scale is set anew for each table, which may change it.
+plan() {
+    local each
+    rm -rf "$WORK"
+    mkdir "$WORK"
+    : > "$WORK/chains"
+    ASKED=""
+    for each in "$@"; do
+        REPORT=""
+        "$SCALE"
+        "$each"
     done
-    for seed in 0 1; do
-        price_of cifar10 $seed ddpm --method ddpm
-        for share in 1 0.25 0.125; do price_of cifar10 $seed share$share-balance --method adv --reg-share $share --balance; done
-    done
-    for data in subspace cifar10; do
-        for share in 0.5 0.0625; do price_of $data 0 share$share-balance --method adv --reg-share $share --balance; done
-        price_of $data 0 share1 --method adv
-    done
-    price_of subspace 0 share0.25 --method adv --reg-share 0.25
 }
 
-# price_of DATA SEED NAME [flags]: a model, its samples, and how far FGSM throws them
-price_of() {
-    local data=$1 seed=$2 run="$ROOT/limits/$1/$3-seed$2" size=8 steps=1000 some=64 n=100 train
-    shift 3
-    train="--mult 1,1 --batch 64 --lr 1e-3 --ema 0.99"
-    if [ "$data" = cifar10 ]; then
-        size=16 steps=400 some=32 n=50 train="--mult 1,2 --attn 8 --batch 32 --lr 2e-3 --ema 0.98"
+list() {
+    plan "$@"
+    while read -r chain; do cut -f 2 "$chain" | paste -s -d '&' - | sed 's/&/ \&\& /g'; done < "$WORK/chains"
+}
+
+# lane K: runs chain after chain that no other lane has taken, on its own GPUs.
+lane() {
+    trap 'end_children; exit' INT TERM HUP
+    if [ "$GPUS" -ge "$GPUS_PER_MODEL" ]; then
+        first=$(($1 % (GPUS / GPUS_PER_MODEL) * GPUS_PER_MODEL + 1))
+        last=$((first + GPUS_PER_MODEL - 1))
+        CUDA_VISIBLE_DEVICES=$(echo $DEVICES | cut -d ' ' -f "$first-$last" | tr ' ' ',')
+        export CUDA_VISIBLE_DEVICES
     fi
-    prepare "$data" "--size $size"
-    # shellcheck disable=SC2086
-    job train "$run/samples-$(printf %08d $steps).png" "$PYTHON" train.py --data "$data" --size $size --data-dir "$DATA" --p 0.9 \
-        --sigma 0.2 --steps $steps --preset small $train --seed "$seed" "$@" --out "$run"
-    job sample "$run/ddpm-$n.npz" "$PYTHON" sample.py "$run" --n 256 --steps $n --batch 256 --out "$run/ddpm-$n.npz"
-    job sample "$run/fgsm-$n.attack.json" "$PYTHON" attack.py "$run" --steps-attacked 100% --n $some --steps $n --out "$run/fgsm-$n.npz"
-    score "$data" "$run/ddpm-$n.npz"
-    score "$data" "$run/fgsm-$n.npz"                        # report.py learns from it what was attacked
+    while read -r chain; do
+        if ! mkdir "$chain.taken" 2> /dev/null; then continue; fi
+        while IFS=$'\t' read -r target command; do
+            if [ ! -e "$target" ] && ! run_stage "$target" "$command"; then break; fi
+        done < "$chain"
+    done < "$WORK/chains"
 }
 
-# ----------------------------------------------------------------------------------------------------------- the scales
-
-quick() {
-    ROOT=runs/quick RESULTS=results DATA=data
-    LANES=${LANES:-$(cores)}
-    LAUNCH=$PYTHON HERE_LAUNCH=$PYTHON
-    MAIN=subspace DATASETS=subspace FIG7=subspace FIG7_SIGMAS=0.2 TABLE4=subspace SUBSPACE=4 SUBSPACE_IMAGES=shapes
-    SEEDS="0 1 2" TOY="" TOY_SWEEP="--seeds 1" STEPS=600 TUNE=150 FULL=100 DDIM=50 N=256 N_ATTACK=128 ATTACK_STEPS=48 METRIC=fd-pixels
-    # So short a training needs --balance: without it high noise levels are not learnt yet, and FD-exact is ten times as large.
-    TRAIN="--preset small --mult 1 --batch 32 --lr 2e-3 --ema 0.99 --balance --sample-every 150"
-    SAMPLE="--batch 256" SCORE="--features pixels" ATTACK="--iters 5 --eot 2" MEMORIZE="--features pixels"
-    ABOUT="4x4 subspace data, $STEPS steps a model: about 30 minutes on two slow cores, price two hours more"
-}
-
-paper() {
-    ROOT=runs/paper RESULTS=results-paper DATA=data
-    LANES=${LANES:-1}
-    MAIN=cifar10 DATASETS="cifar10 celeba lsun_bedroom imagenet64" FIG7=lsun_bedroom FIG7_SIGMAS="0 0.1 0.2" TABLE4=celeba
-    SUBSPACE=32 SUBSPACE_IMAGES=butterflies
-    SEEDS=0 TOY="" TOY_SWEEP="" STEPS=500000 TUNE=158300 FULL=1000 DDIM=250 N=50000 N_ATTACK=50000 ATTACK_STEPS=1000 METRIC=fid
-    TRAIN="--sample-every 50000" SAMPLE="--batch 500" SCORE="" ATTACK="" MEMORIZE=""
-    local gpus launch
-    gpus=$("$PYTHON" -c 'import torch; print(max(1, torch.cuda.device_count()))')
-    PROCESSES=$((gpus * ${NNODES:-1}))
-    launch="$PYTHON -m torch.distributed.run --nproc_per_node $gpus"
-    HERE_LAUNCH=$PYTHON
-    if [ "$gpus" -gt 1 ]; then HERE_LAUNCH="$launch --standalone"; fi
-    LAUNCH=$HERE_LAUNCH
-    if [ "${NNODES:-1}" -gt 1 ]; then
-        LAUNCH="$launch --nnodes $NNODES --node_rank ${NODE_RANK:?is needed with NNODES: 0, 1, ...} \
-            --master_addr ${MASTER_ADDR:?is needed with NNODES: the machine of NODE_RANK 0} --master_port ${MASTER_PORT:-29500}"
+# run_stage TARGET COMMAND: with several lanes its output goes to a log, and its end is said.
+run_stage() {
+    local began=$SECONDS status=0 log=/dev/null
+    echo "\$ $2"
+    set -m                                                  # no Ctrl-C of the terminal: TERM comes once, from here
+    if [ "$LANES" = 1 ]; then
+        $2 < /dev/null &
+    else
+        log=$ROOT/logs/$(echo "${1#"$ROOT"/}" | tr / -).log
+        $2 < /dev/null >> "$log" 2>&1 &
     fi
-    ABOUT="$STEPS steps a model on $PROCESSES process(es): every training prints its own estimate in its first minute"
-    if [ "$SCALE" = paper ] && [ $((128 % PROCESSES)) != 0 ]; then
-        fail "$PROCESSES GPUs do not divide the batch of 128; choose some with CUDA_VISIBLE_DEVICES"
+    set +m
+    wait $! || status=$?
+    if [ "$status" != 0 ]; then
+        echo "status $status: $2" >> "$FAILED"
+        echo "  FAILED with status $status: $2"
+        tail -n 5 "$log" | sed 's/^/  | /'
+    elif [ "$LANES" != 1 ]; then
+        echo "  $((SECONDS - began)) s: $1"
     fi
+    return $status
 }
 
-# The paper's commands with what makes them short appended: the last of two equal flags counts.
-dry() {
-    LANES=${LANES:-$(cores)}
-    paper
-    ROOT=runs/dry RESULTS=results-dry DATA=runs/dry/data
-    rm -rf $ROOT
-    STEPS=2 TUNE=1 N=2 N_ATTACK=2 METRIC=fd-pixels SUBSPACE=16 TOY="--steps 2 --seeds 1 --n 64" TOY_SWEEP="--steps 2 --seeds 1 --n 64"
-    TRAIN="--sample-every 50000 --channels 32 --res-blocks 1 --mult 1,1 --attn 8 --heads 2 --batch $((4 * PROCESSES)) --timesteps 25"
-    SAMPLE="--batch 500 --steps 2" SCORE="--features pixels" MEMORIZE="--features pixels" ATTACK="--iters 2 --eot 2"
-    ABOUT="two steps a model"
-    # Shapes stand in for the data sets, which no script can download.
-    "$PYTHON" data.py shapes --n 64 --size 160 --out $ROOT/shapes
-    "$PYTHON" - $ROOT/shapes/shapes-160.npy $ROOT/images <<'PYTHON'
-import pathlib, sys, numpy, PIL.Image
-folder = pathlib.Path(sys.argv[2])
-folder.mkdir()
-for k, image in enumerate(numpy.load(sys.argv[1])):
-    PIL.Image.fromarray(image.transpose(1, 2, 0)).save(folder / f"{k:02d}.png")
-PYTHON
-    export CIFAR10=$ROOT/images CELEBA=$ROOT/images LSUN_BEDROOM=$ROOT/images IMAGENET64=$ROOT/images BUTTERFLIES=$ROOT/images
+# Tells the commands that this shell has started to end, and waits: they save.
+end_children() {
+    trap '' INT TERM HUP
+    kill $(jobs -pr) 2> /dev/null || true
+    while [ -n "$(jobs -pr)" ]; do wait || true; done       # a signal meanwhile ends a wait
 }
 
-cores() {
-    local count
-    count=$(getconf _NPROCESSORS_ONLN)
-    echo $((count < 8 ? count : 8))
-}
-
+# The tables one after another, each followed by the report.
 reproduce() {
-    local began=$SECONDS table
-    if [ "$LANES" -gt 1 ]; then export OMP_NUM_THREADS=1; fi
-    export ROOT LANES
-    mkdir -p "$ROOT/logs"
-    QUEUE=$(mktemp -d)/queue
-    export QUEUE
-    trap 'rm -rf "$(dirname "$QUEUE")"' EXIT
-    echo "run_all.sh $SCALE: ${*}; $ABOUT. $LANES at a time, runs in $ROOT, tables in $RESULTS/README.md"
-    if [ "$SCALE $*" = "quick $ALL" ]; then                 # a first table soon
-        SEEDS=0 table1_top
-        run_phases
-    fi
-    for table in "$@"; do "$table"; done
-    run_phases
-    echo
-    echo "done in $(((SECONDS - began) / 60)) min $(((SECONDS - began) % 60)) s: $RESULTS/README.md"
-    if [ -s "$QUEUE.failed" ]; then
-        echo "These stages failed; what they would have made is a dash in the tables:"
-        sed 's/^/  /' "$QUEUE.failed"
+    trap 'end_children; echo "run_all.sh: stopped; the same command goes on" >&2; exit 130' INT TERM HUP
+    echo "run_all.sh $SCALE: $*. $ABOUT. $LANES at a time${DEVICES:+ on $GPUS GPU(s)}, in $ROOT"
+    for table in "$@"; do
+        plan "$table"
+        mkdir -p "$ROOT/logs"
+        for ((k = 0; k < LANES; k++)); do lane $k & done
+        wait
+        if [ -s "$WORK/chains" ] || [ "$table" = "${*: -1}" ]; then
+            "$PYTHON" report.py --runs "$ROOT" $REPORT || echo "report.py --runs $ROOT" >> "$FAILED"
+        fi
+    done
+    echo "done in $((SECONDS / 60)) min $((SECONDS % 60)) s: $ROOT/README.md"
+    if [ -s "$FAILED" ]; then
+        echo "These failed; what they would have made is a dash in the tables:"
+        sort -u "$FAILED"
         exit 1
     fi
 }
 
+# ------------------------------------------------------------------------------------------- before it starts
+
+fail() { echo "run_all.sh: error: $*" >&2; exit 2; }
+
+set_up() {
+    PYTHON=.venv/bin/python
+    if cmp -s requirements.txt .venv/installed.txt; then return; fi
+    if ! python3 -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2> /dev/null; then
+        fail "python3 is $(python3 --version 2>&1 || echo missing); 3.10 or newer is needed"
+    fi
+    echo "run_all.sh: making .venv with the packages of requirements.txt" >&2
+    python3 -m venv .venv || fail "python3 -m venv failed; on Debian or Ubuntu: apt install python3-venv"
+    "$PYTHON" -m pip install --quiet --requirement requirements.txt
+    "$PYTHON" -m pip install --quiet matplotlib || echo "run_all.sh: no matplotlib: tables without figures" >&2
+    cp requirements.txt .venv/installed.txt
+}
+
+# Shapes stand in for the data sets that no script can download.
+dry_images() {
+    rm -rf "$ROOT"
+    "$PYTHON" data.py shapes --num-samples 64 --size 160 --out "$ROOT/shapes"
+    mkdir "$ROOT/images"
+    "$PYTHON" -c "import numpy, PIL.Image
+for k, image in enumerate(numpy.load('$ROOT/shapes/shapes-160.npy')):
+    PIL.Image.fromarray(image.transpose(1, 2, 0)).save(f'$ROOT/images/{k}.png')"
+}
+
+ACTION=reproduce
+if [ "${1:-}" = list ]; then ACTION=list; shift; fi
+for name in LANES GPUS_PER_MODEL; do
+    case "${!name:-1}" in *[!0-9]* | 0*) fail "$name=${!name}: must be a positive number" ;; esac
+done
+for name in PYTHON CIFAR10 CELEBA LSUN_BEDROOM IMAGENET64 BUTTERFLIES; do
+    case "${!name:-}" in *[[:space:]]*) fail "$name='${!name}': a path without spaces is needed" ;; esac
+done
+GPUS_PER_MODEL=${GPUS_PER_MODEL:-1}
 SCALE=${1:-}
-ALL="table1 toy table2 fig3 fig6 fig7 fig8 table4 table5"
 case "$SCALE" in
-    "" | quick | paper | dry | test) ;;
-    -h | --help) sed -n '2,/^set -/{/^set -/d;s/^# \{0,1\}//;p;}' run_all.sh; exit ;;
-    *) fail "'$SCALE' is not known; it is: bash run_all.sh [quick|paper|dry|test] [$ALL price]" ;;
+    "" | test) ;;
+    quick | paper | dry) "$SCALE" ;;
+    -h | --help) sed -n '2,/^$/s/^# \{0,1\}//p' run_all.sh; exit ;;
+    *) fail "'$SCALE' is not known; it is: bash run_all.sh [list] [quick|paper|dry|test] [TABLES]" ;;
 esac
 for table in "${@:2}"; do
-    case " $ALL $(if [ "$SCALE" = quick ]; then echo price; fi) " in
+    case " ${TABLES:-} ${BEYOND:-} " in
         *" $table "*) ;;
-        *) fail "'$table' is not a table of $SCALE; they are: $ALL, and quick's price" ;;
+        *) fail "'$table' is not a table of $SCALE; they are: ${TABLES:-} ${BEYOND:-}" ;;
     esac
 done
-for path in "${PYTHON:-}" "${CIFAR10:-}" "${CELEBA:-}" "${LSUN_BEDROOM:-}" "${IMAGENET64:-}" "${BUTTERFLIES:-}"; do
-    case "$path" in *[[:space:]]*) fail "'$path': a path without spaces is needed" ;; esac
-done
-set_up
-if [ -z "$SCALE" ]; then
-    SCALE=$("$PYTHON" -c 'import torch; print("paper" if torch.cuda.is_available() else "quick")')
+
+if [ -z "${PYTHON:-}" ]; then set_up; fi
+needed="numpy, os, PIL, scipy, torch"
+if [ "$SCALE" = test ]; then needed="$needed, pytest"; fi
+# The GPUs that may be used, by the names that CUDA_VISIBLE_DEVICES gives them.
+DEVICES=$("$PYTHON" -c "import $needed
+count = torch.cuda.device_count()
+names = os.environ.get('CUDA_VISIBLE_DEVICES') or ','.join(map(str, range(count)))
+print(*names.split(',')[:count])" 2> /dev/null) ||
+    fail "$PYTHON: $("$PYTHON" -c "import $needed" 2>&1 | tail -n 1); requirements.txt says what is needed"
+if [ "$SCALE" = test ]; then exec "$PYTHON" -m pytest -q test_core.py tests; fi
+
+GPUS=$(($(echo $DEVICES | wc -w)))
+LAUNCH=$PYTHON
+if [ "$GPUS_PER_MODEL" -gt 1 ]; then
+    LAUNCH="$PYTHON -m torch.distributed.run --standalone --nproc_per_node $GPUS_PER_MODEL"
 fi
-if [ "$SCALE" = test ]; then exec "$PYTHON" -m pytest -q test_core.py; fi
+if [ $ACTION = reproduce ] && [ "$GPUS" != 0 ] && [ "$GPUS" -lt "$GPUS_PER_MODEL" ]; then
+    fail "GPUS_PER_MODEL=$GPUS_PER_MODEL: there are $GPUS"
+fi
+if [ -z "$SCALE" ]; then SCALE=$(if [ "$GPUS" = 0 ]; then echo quick; else echo paper; fi); fi
+if [ -z "${LANES:-}" ]; then
+    cores=$(getconf _NPROCESSORS_ONLN)
+    LANES=$((cores < 8 ? cores : 8))
+    if [ "$SCALE" = paper ]; then LANES=$((GPUS < GPUS_PER_MODEL ? 1 : GPUS / GPUS_PER_MODEL)); fi
+fi
+if [ "$LANES" -gt 1 ]; then export OMP_NUM_THREADS=1; fi
 "$SCALE"
-if [ $# -gt 1 ]; then
-    reproduce "${@:2}"
-else
-    # shellcheck disable=SC2086
-    reproduce $ALL
-fi
+if [ "$SCALE" = dry ]; then dry_images >&2; fi
+TEMPORARY=$(mktemp -d)
+trap 'rm -rf "$TEMPORARY"' EXIT
+WORK=$TEMPORARY/chains FAILED=$TEMPORARY/failed
+if [ $# -lt 2 ]; then set -- "$SCALE" $TABLES; fi
+$ACTION "${@:2}"; exit                                      # reads no further: this file may change meanwhile

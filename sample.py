@@ -231,9 +231,11 @@ class Shards:
         for path in paths:
             while not path.exists():             # a process that dies takes this one with it: torchrun's work
                 time.sleep(0.2)
-        first = np.load(paths[0], allow_pickle=False)
-        header = dict(descr=np.lib.format.dtype_to_descr(first.dtype), fortran_order=False,
-                      shape=(self.protocol["num_samples"], *first.shape[1:]))
+        some = [np.load(path, allow_pickle=False) for path in paths[:math.ceil(64 / self.protocol["batch"])]]
+        some = np.concatenate(some)[:64]
+        save_grid(some if some.dtype == np.uint8 else as_bytes(some), self.out.with_suffix(".png"))
+        header = dict(descr=np.lib.format.dtype_to_descr(some.dtype), fortran_order=False,
+                      shape=(self.protocol["num_samples"], *some.shape[1:]))
         with atomic_write(self.out) as temporary, zipfile.ZipFile(temporary, "w") as archive:
             with archive.open("arr_0.npy", "w", force_zip64=True) as member:
                 np.lib.format.write_array_header_1_0(member, header)
@@ -241,9 +243,6 @@ class Shards:
                     member.write(np.ascontiguousarray(np.load(path, allow_pickle=False)).tobytes())
             with archive.open("protocol.npy", "w") as member:
                 np.lib.format.write_array(member, np.array(json.dumps(self.protocol)), allow_pickle=False)
-        some = [np.load(path, allow_pickle=False) for path in paths[:math.ceil(64 / self.protocol["batch"])]]
-        some = np.concatenate(some)[:64]
-        save_grid(some if some.dtype == np.uint8 else as_bytes(some), self.out.with_suffix(".png"))
         notes = [path.with_suffix(".json") for path in paths]
         measures = [json.loads(note.read_text()) for note in notes if note.exists()]
         shutil.rmtree(self.folder)
