@@ -1,20 +1,21 @@
-"""The paper's "in vitro" experiments: points in 3-D whose true distribution is known (sections 2.2, 3.1, 3.3, C.2, D).
+"""The paper's "in vitro" experiments: points in 3-D whose true distribution is known (sections 2.2, 3.1, 3.3,
+C.2, D).
 
-    python toy3d.py                                         # everything: table, claims and figures into results/
+    python toy3d.py                                         # everything: table, claims and figures
     python toy3d.py --data oblique-plane --noise inlier --method adv
-    python toy3d.py --sweep lam                             # noise removed against variance lost; both readings of lambda_t
+    python toy3d.py --sweep lam                             # noise removed against variance lost
     python toy3d.py --sweep omega
-    python toy3d.py --sweep reg-share                       # the regulariser on a share of the batch: price and quality
+    python toy3d.py --sweep reg-share --balance             # beyond the paper, see beyond.py
 
-The loss is train.py's, the sampler sample.py's, the attack attack.py's. All networks of a method (data sets, noises, seeds,
-and in a sweep the values of lambda or omega) train side by side in one batched network.
+Writes OUT/toy3d.json (a sweep: toy3d-lam.json ...), which report.py reads, and figures beside it.
+The loss is train.py's, the sampler sample.py's, the attack attack.py's. All networks of a method (data sets,
+noises, seeds, and in a sweep the values of lambda or omega) train side by side in one batched network.
 """
 
-import argparse
 import functools
 import itertools
-import json
 import math
+import statistics
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,31 +26,30 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from attack import attacked_steps, fgsm, next_state
-from data import Progress, UserError, atomic_write, command_line
-from sample import generator, image_noise, sample
-from train import draw, radius, regularised_rows, timesteps, training_loss, weighed
+import beyond
+from attack import attacked_steps, fgsm, gradient_of, random_signs
+from common import (Progress, UserError, check_ranges, command_line, generator, image_noise, parser_of,
+                    pyplot, save_figure, write_json)
+from report import LESS, judge, show
+from sample import reverse_step, sample
+from train import draw, lambda_t, radius, training_loss
 from unet import Schedule, at, timestep_embedding
 
-DATA, NOISES, METHODS = ["oblique-plane", "3-gaussians"], ["clean", "inlier", "outlier"], ["ddpm", "ran", "adv", "inv"]
-NAMES = {"ddpm": "DDPM", "ran": "Robust_ran", "adv": "Robust_adv", "inv": "Inv_adv",
-         "data": "training data", "truth": "true score"}
+DATA, NOISES = ["oblique-plane", "3-gaussians"], ["clean", "inlier", "outlier"]
+METHODS = {"ddpm": "DDPM", "ran": "Robust_ran", "adv": "Robust_adv", "inv": "Inv_adv"}
 T = 1000                                # linear schedule
-ORANGE = "#D55E00"
-INLIER_P, INLIER_SIGMA = 0.9, 0.3       # share of the points and deviation of their Gaussian noise, in original units
-OUTLIER_P, GRID = 0.2, 16               # share of the points, and how many grid points along an edge of the bounding cube
-POINTS, HELD_OUT = 8192, 1 << 20        # training points of a network, each drawn and corrupted once; seed of other points
+INLIER_P, INLIER_SIGMA = 0.9, 0.3       # share of the points, and deviation of their noise in data units
+OUTLIER_P, GRID = 0.2, 16               # share of the points; grid points along an edge of the bounding cube
+POINTS, HELD_OUT = 8192, 2048           # a network's training points; clean points to compare at
 SWEEPS = {"lam": [0.03, 0.1, 0.3, 0.5, 1.0], "omega": [1.0, 1.5, 2.0, 3.0, 4.0],
           "reg_share": [1.0, 1 / 2, 1 / 4, 1 / 8, 1 / 16]}
-SCORE_T, FIELD = 100, 21                # where score fields are compared, and on how many points an edge they are drawn
-TRACES, EVERY = 256, 10                 # trajectories kept for the figures, and every how many steps they are looked at
+SCORE_T, FIELD = 100, 21                # where scores are compared; points along an edge of a score field
+TRACES, EVERY = 256, 10                 # trajectories kept, and every how many steps they are looked at
 ATTACKED, VICTIMS = 250, 64             # attacked steps of T, and samples attacked
-# Seeds of the streams of random numbers other than training's (seed, step); the index is the network's own seed
-POINT_STREAM, ORDER_STREAM, WEIGHT_STREAM, SAMPLE_STREAM, ATTACK_STREAM = range(101, 106)
-LEFT, INSIDE = 0.5 ** 0.5 * torch.tensor([[1.0, -1.0, 0.0], [0.0, 1.0, 1.0]], dtype=torch.float64)
+PATHS, DOTS, ORANGE = 6, 768, "#D55E00"                 # trajectories and points in a panel
 
 
-class Cell(NamedTuple):
+class Setup(NamedTuple):
     """One network: what it is trained on, how, and the seed of all its randomness."""
     data: str
     noise: str
@@ -61,38 +61,59 @@ class Cell(NamedTuple):
     reg_share: float = 1.0
 
 
-# ----------------------------------------------------------------------------------------------------------- the data
+# --------------------------------------------------------------------------------------------------- the data
 
 @functools.cache
 def distribution(name):
-    """A clean data set of section 2.2 as a mixture of Gaussians in original units, float64.
+    """A clean data set of section 2.2 as a mixture of Gaussians in data units, float64.
 
-    -> means [K, 3]; every mode has `deviation` in all directions that the projector `inside` [3, 3] leaves; centre [3] and
-    scale standardise it; low and high [3] are its bounding cube; from a distance of `stray` a point belongs nowhere;
-    basis [2, 3], origin [3], labels and reach of the plane it is drawn in; flow: which coordinate of it a heat map shows.
+    means [K, 3]; every mode has `deviation` in the directions that the projector `inside` [3, 3] leaves, so
+    covariance [3, 3]; centre [3] and scale standardise it; low, high [3]: its bounding cube; from a distance
+    of `stray` on, a point belongs nowhere.
+    It is drawn in the plane with `basis` [2, 3] through origin [3], up to `reach` from the cube's middle; a
+    heat map shows coordinate `flow` of it.
     """
     eye = torch.eye(3, dtype=torch.float64)
-    if name == "oblique-plane":         # x + y + z = 30; deviation 1 along the plane, so that noise of 0.3 is strong
-        means, normal = torch.full((1, 3), 10.0, dtype=torch.float64), torch.full((3,), 3 ** -0.5, dtype=torch.float64)
-        d = SimpleNamespace(means=means, inside=eye - torch.outer(normal, normal), deviation=1.0, stray=0.9, origin=means[0],
-                            basis=torch.stack([LEFT, normal]), labels=("along the plane (data units)", "distance from the plane (data units)"), flow=1,
-                            reach=2.5)
+    if name == "oblique-plane":         # x + y + z = 30; deviation 1 along it, so that noise of 0.3 is strong
+        normal = torch.full((3,), 3**-0.5, dtype=torch.float64)
+        along = 0.5**0.5 * torch.tensor([1.0, -1.0, 0.0], dtype=torch.float64)
+        means = torch.full((1, 3), 10.0, dtype=torch.float64)
+        d = SimpleNamespace(means=means, inside=eye - torch.outer(normal, normal), deviation=1.0, stray=0.9,
+                            basis=torch.stack([along, normal]), origin=means[0], reach=2.5, flow=1,
+                            labels=("along the plane (data units)", "distance from the plane (data units)"))
     else:
         means = torch.tensor([[10, 10, 10], [20, 20, 20], [10, 30, 30]], dtype=torch.float64)
-        d = SimpleNamespace(means=means, inside=eye, deviation=0.25, stray=1.5, origin=torch.zeros_like(means[0]),
-                            basis=torch.stack([eye[0], INSIDE]), labels=("x (data units)", "(y + z) / √2 (data units)"), flow=0, reach=20.0)
-    d.covariance, d.centre = d.deviation ** 2 * d.inside, means.mean(dim=0)
+        diagonal = 0.5**0.5 * torch.tensor([0.0, 1.0, 1.0], dtype=torch.float64)
+        d = SimpleNamespace(means=means, inside=eye, deviation=0.25, stray=1.5,
+                            basis=torch.stack([eye[0], diagonal]), origin=0 * means[0], reach=20.0, flow=0,
+                            labels=("x (data units)", "(y + z) / √2 (data units)"))
+    d.covariance, d.centre = d.deviation**2 * d.inside, means.mean(dim=0)
     d.scale = (d.covariance.trace() / 3 + (means - d.centre).square().mean(dim=0).mean()).sqrt().item()
-    middle, half = (means.amax(0) + means.amin(0)) / 2, (means.amax(0) - means.amin(0)).max() / 2
-    half = half + 3.5 * d.covariance.diagonal().max().sqrt()
+    middle, extent = (means.amax(0) + means.amin(0)) / 2, (means.amax(0) - means.amin(0)).max()
+    half = extent / 2 + 3.5 * d.covariance.diagonal().max().sqrt()
     d.low, d.high = middle - half, middle + half
     return d
 
 
-def training_points(data, noise, seed, count=POINTS):
-    """Points of a data set, corrupted once and for all: [count, 3] in original units, float64."""
-    d, g = distribution(data), generator(POINT_STREAM, seed)
-    normal = lambda: torch.randn(count, 3, generator=g, dtype=torch.float64)
+def standardised(data, x):
+    """Data units -> what the network sees, float32."""
+    d = distribution(data)
+    return ((x - d.centre) / d.scale).float()
+
+
+def original(data, x):
+    """The inverse of `standardised`, float64."""
+    d = distribution(data)
+    return d.centre + d.scale * x.double()
+
+
+def training_points(data, noise, seed, count=POINTS, purpose="toy points"):
+    """Points of a data set, corrupted once and for all: [count, 3] in data units, float64."""
+    d, g = distribution(data), generator(purpose, seed)
+
+    def normal():
+        return torch.randn(count, 3, generator=g, dtype=torch.float64)
+
     x = d.means[torch.randint(len(d.means), (count,), generator=g)] + d.deviation * normal() @ d.inside
     coin = torch.rand(count, 1, generator=g)
     if noise == "inlier":
@@ -104,49 +125,50 @@ def training_points(data, noise, seed, count=POINTS):
 
 
 def true_score(data, x_t, alpha_bar):
-    """The score of the clean data after diffusion: x_t [..., 3] standardised, alpha_bar a float -> [..., 3], float64.
-
-    With Eq. 2 every mode N(m, C) becomes N(sqrt(alpha_bar) m, alpha_bar C + (1 - alpha_bar) I).
-    """
+    """The score of the clean data after diffusion: x_t [..., 3] standardised, alpha_bar a float -> [..., 3],
+    float64. With Eq. 2 a mode N(m, C) becomes N(sqrt(alpha_bar) m, alpha_bar C + (1 - alpha_bar) I)."""
     d = distribution(data)
-    means = alpha_bar ** 0.5 * (d.means - d.centre) / d.scale                                       # [K, 3]
-    covariance = alpha_bar * d.covariance / d.scale ** 2 + (1 - alpha_bar) * torch.eye(3, dtype=torch.float64)
-    difference = means - x_t.double()[..., None, :]                                                 # [..., K, 3]
-    pull = difference @ torch.linalg.inv(covariance)                                                # each mode's own score
-    share = torch.softmax(-0.5 * (difference * pull).sum(dim=-1), dim=-1)                           # [..., K]
-    return (share[..., None] * pull).sum(dim=-2)
+    means = alpha_bar**0.5 * (d.means - d.centre) / d.scale                                         # [K, 3]
+    covariance = (alpha_bar * d.covariance / d.scale**2
+                  + (1 - alpha_bar) * torch.eye(3, dtype=torch.float64))                            # [3, 3]
+    difference = means - x_t.double()[..., None, :]                                              # [..., K, 3]
+    scores = difference @ torch.linalg.inv(covariance)                              # of each mode alone
+    likelihood = torch.softmax(-0.5 * (difference * scores).sum(dim=-1), dim=-1)                    # [..., K]
+    return (likelihood[..., None] * scores).sum(dim=-2)
 
 
 def slice_of(data, alpha_bar):
-    """A square grid in the plane that a data set is drawn in: x_t [FIELD ** 2, 3] standardised, row by row from below."""
+    """A square grid in the plane that a data set is drawn in, diffused without noise: x_t [FIELD^2, 3]
+    standardised, row by row from below."""
     d, steps = distribution(data), torch.linspace(-1, 1, FIELD, dtype=torch.float64)
     offset = d.reach * torch.cartesian_prod(steps, steps).flip(1) @ d.basis
-    return alpha_bar ** 0.5 * standardised(data, (d.low + d.high) / 2 + offset)
+    return alpha_bar**0.5 * standardised(data, (d.low + d.high) / 2 + offset)
 
 
-# ----------------------------------------------------------------------------------- networks side by side, trained
+# ------------------------------------------------------------------------- networks side by side, Algorithm 1
 
 class Networks(nn.Module):
     """S multilayer perceptrons eps_theta side by side: x [S, B, 3], t [S, B] or [S] -> [S, B, 3].
 
-    The first layer is scaled and shifted by the time (without the scale, thin modes take twice the training).
+    The first layer is scaled and shifted by the time: without the scale, thin modes take twice the training.
     """
 
     def __init__(self, seeds, width=64, hidden=3, embedding=32):
         super().__init__()
-        self.register_buffer("embedding", timestep_embedding(torch.arange(T), embedding))           # [T, embedding]
+        self.register_buffer("embedding", timestep_embedding(torch.arange(T), embedding))     # [T, embedding]
 
-        def uniform(layer, rows, columns, fan_in):          # PyTorch's default for nn.Linear, each network from its seed
-            draws = [torch.rand(rows, columns, generator=generator(WEIGHT_STREAM + 10 * layer, seed)) for seed in seeds]
-            return nn.Parameter((2 * torch.stack(draws) - 1) / fan_in ** 0.5)
+        def uniform(index, rows, columns, fan_in):          # as nn.Linear starts, each network from its seed
+            streams = [generator("toy weights", seed, index) for seed in seeds]
+            draws = torch.stack([torch.rand(rows, columns, generator=g) for g in streams])
+            return nn.Parameter((2 * draws - 1) / fan_in**0.5)
 
-        sizes = [3] + [width] * hidden + [3]
-        self.weights = nn.ParameterList(uniform(k, a, b, a) for k, (a, b) in enumerate(itertools.pairwise(sizes)))
-        self.biases = nn.ParameterList(uniform(k, 1, b, a) for k, (a, b) in enumerate(itertools.pairwise(sizes), 10))
-        self.time = uniform(20, embedding, 2 * width, embedding)
+        sizes = list(enumerate(itertools.pairwise([3] + [width] * hidden + [3])))
+        self.weights = nn.ParameterList(uniform(2 * k, a, b, a) for k, (a, b) in sizes)
+        self.biases = nn.ParameterList(uniform(2 * k + 1, 1, b, a) for k, (a, b) in sizes)
+        self.time = uniform(2 * len(sizes), embedding, 2 * width, embedding)
 
     def forward(self, x, t):
-        time = torch.bmm(self.embedding[t.reshape(len(x), -1)], self.time)                          # [S, B or 1, 2 width]
+        time = torch.bmm(self.embedding[t.reshape(len(x), -1)], self.time)          # [S, B or 1, 2 width]
         scale, shift = time.chunk(2, dim=2)
         h = torch.baddbmm(self.biases[0], x, self.weights[0]) * (1 + scale) + shift
         for weight, bias in zip(self.weights[1:], self.biases[1:]):
@@ -154,85 +176,81 @@ class Networks(nn.Module):
         return h
 
 
-def train(cells, steps, batch, balance=False, lr=3e-3):
-    """Trains one network per cell, all of one method, reading of lambda_t and share, side by side by Algorithm 1.
+def draws_of(setups, step, batch):
+    """The randomness of one training step, which depends on a network's seed and the step alone.
 
-    balance, and a share of the batch that is regularised: see train.py's `timesteps` and `regularised_rows`.
-    What becomes of a network depends on its cell alone. -> Networks, without gradients.
+    -> the points of its batch, as indices [S, B], and what train.py's `draw` gives, with S in front.
     """
-    schedule, rows = Schedule.named("linear", T).to("cpu"), torch.arange(len(cells))[:, None]
-    seeds, which = seeds_of(cells)
-    parts = regularised_rows(range(batch), cells[0].reg_share, cells[0].method)
-    points = torch.stack([standardised(c.data, training_points(c.data, c.noise, c.seed)) for c in cells])   # [S, POINTS, 3]
-    order = torch.stack([torch.randint(POINTS, (steps, batch), generator=generator(ORDER_STREAM, s)) for s in seeds])
-    lam, omega = torch.tensor([[c.lam] for c in cells]), torch.tensor([[c.omega] for c in cells])           # [S, 1]
-    regularisation = lam, cells[0].lam_units, omega
-    nets = Networks([c.seed for c in cells])
+    own = {}
+    for seed in {s.seed for s in setups}:
+        order = torch.randint(POINTS, (batch,), generator=generator("toy order", seed, step))
+        own[seed] = order, *draw(seed, step, batch, (3,), T, "cpu")
+    return map(torch.stack, zip(*(own[s.seed] for s in setups)))
+
+
+def train(setups, steps, batch, balance=False, lr=3e-3):
+    """Algorithm 1 for one network a setup, side by side: all of one method, lam_units and reg_share.
+
+    What becomes of a network depends on its setup alone. -> Networks, without gradients.
+    """
+    (method, lam_units, reg_share), = {(s.method, s.lam_units, s.reg_share) for s in setups}
+    schedule, nets = Schedule.named("linear", T).to("cpu"), Networks([s.seed for s in setups])
     optimizer = torch.optim.AdamW(nets.parameters(), lr=lr, weight_decay=0.0, fused=True)
     rate = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    progress = Progress(steps, "steps", f"{cells[0].method} x {len(cells)}")
+    lam, omega = (torch.tensor([[getattr(s, name)] for s in setups]) for name in ("lam", "omega"))  # [S, 1]
+    regulariser = dict(lam=lam, lam_units=lam_units, omega=omega)
+    lam_t = lambda_t(schedule, torch.arange(T), torch.ones(T), **regulariser)                       # [S, T]
+    points = torch.stack([standardised(s.data, training_points(s.data, s.noise, s.seed)) for s in setups])
+    which = torch.arange(len(setups))[:, None]                                                      # [S, 1]
+    progress = Progress(steps, "steps", f"{method} x {len(setups)}")
     for step in range(steps):
-        draws = zip(*(draw(seed, step, batch, (3,), T, "cpu") for seed in seeds))
-        noise = [torch.stack(part)[which] for part in draws]                                        # [S, B], ... [S, B, 3]
-        x_0, loss = points[rows, order[which, step]], 0
-        for part, method in parts:
-            t, beta, eps, u, chance = (d[:, part] for d in noise)
-            reg_share = 1.0 if method == "ddpm" else cells[0].reg_share
-            t, factor = timesteps(schedule, t, chance, reg_share, balance and cells[0].method != "ddpm", *regularisation)
-            terms = training_loss(nets, schedule, x_0[:, part], t, eps, beta, u, method, *regularisation)
-            loss = loss + sum(term.sum() for term in weighed(terms, factor, reg_share).values())
+        order, t, beta, eps, u, chance = draws_of(setups, step, batch)                  # [S, B] or [S, B, 3]
+        x_0 = points[which, order]                                                      # [S, B, 3]
+        t, weight, parts = beyond.plan(lam_t, t, chance, method, reg_share, balance)    # [S, B]
         optimizer.zero_grad()
-        (loss / batch).backward()                           # a sum over networks: none sees another's gradient
-        optimizer.step()
+        for rows, kind, strength in parts:
+            own = slice(None), rows                         # of every network
+            terms = training_loss(nets, schedule, x_0[own], t[own], eps[own], beta[own], u[own], kind,
+                                  **regulariser | dict(lam=strength * lam))             # Eq. 8, Eq. 6
+            loss = (weight[own] * sum(terms.values())).sum() / batch
+            loss.backward()                                 # summed over networks: each has its own gradient
+        optimizer.step()                                                               # theta - eta grad L_AT
         rate.step()
         progress.update(step + 1)
     progress.close()
     return nets.requires_grad_(False)
 
 
-def seeds_of(cells):
-    """-> the seeds that occur, and for every cell the position of its own: what depends on the seed alone is drawn once."""
-    seeds = sorted({c.seed for c in cells})
-    return seeds, torch.tensor([seeds.index(c.seed) for c in cells])
-
-
-def standardised(data, x):
-    """Original units -> what the network sees, float32."""
-    d = distribution(data)
-    return ((x - d.centre) / d.scale).float()
-
-
-def original(data, x):
-    """The inverse of `standardised`, float64."""
-    d = distribution(data)
-    return d.centre + d.scale * x.double()
-
-
-# ---------------------------------------------------------------------------------------------------- what is measured
+# ------------------------------------------------------------------------------------------- what is measured
 
 def errors(data, x):
-    """Samples x [N, 3] in original units against the truth -> dict.
+    """Samples x [N, 3] in data units against the truth -> dict.
 
-    Distance to the plane, or to the nearest mode: `rms`, `median`, share of `strays`. `kept`: variance along the plane, or
-    inside a mode, over the true one. `smallest_mode`: the share of samples in the emptiest mode, times their number.
+    Distance to the plane, or to the nearest mode: `rms`, `median`, share of `strays`. `kept`: variance along
+    the plane, or inside a mode, over the true one (NaN where no mode has two samples). `smallest_mode`: the
+    share of samples in the emptiest mode, times the number of modes.
     """
     d = distribution(data)
     if data == "oblique-plane":
         distance, mode = ((x - d.centre) @ d.basis[1]).abs(), torch.zeros(len(x), dtype=torch.long)
+        belongs = distance < math.inf
     else:
         distance, mode = torch.cdist(x, d.means).min(dim=1)
-    near = distance < (math.inf if len(d.means) == 1 else d.stray)
-    members = [x[near & (mode == k)] for k in range(len(d.means))]
-    spread = [(m @ d.inside).var(dim=0).sum() for m in members if len(m) > 1]
-    kept = torch.stack(spread).mean() / d.covariance.trace() if spread else math.nan
+        belongs = distance < d.stray
+    members = [x[belongs & (mode == k)] for k in range(len(d.means))]
+    variances = [(m @ d.inside).var(dim=0).sum() for m in members if len(m) > 1]
+    kept = torch.stack(variances).mean() / d.covariance.trace() if variances else math.nan
     return dict(rms=distance.square().mean().sqrt().item(), median=distance.median().item(), kept=float(kept),
                 strays=(distance > d.stray).double().mean().item(),
-                smallest_mode=min(len(m) for m in members) * len(members) / len(x))
+                smallest_mode=min(map(len, members)) * len(members) / len(x))
 
 
 def lipschitz(model, schedule, x_t, t):
-    """Local Lipschitz constant of the denoiser x_t -> x_t - sqrt(1 - alpha_bar) eps_theta = sqrt(alpha_bar) x0_hat: the
-    largest singular value of its Jacobian. Perfect equivariance (Eq. 6) would be 0. x_t [S, B, 3], t one timestep -> [S, B]."""
+    """Local Lipschitz constant of the denoiser x_t -> x_t - sqrt(1 - alpha_bar) eps_theta = sqrt(alpha_bar)
+    x0_hat: the largest singular value of its Jacobian. Perfect equivariance (Eq. 6) would be 0.
+
+    x_t [S, B, 3], t one timestep -> [S, B].
+    """
     t = torch.full((len(x_t),), t)
     with torch.enable_grad():
         x_t = x_t.detach().requires_grad_()
@@ -241,125 +259,152 @@ def lipschitz(model, schedule, x_t, t):
     return torch.linalg.matrix_norm(torch.stack(rows, dim=-2), ord=2)
 
 
-def noise_of(stream, cells, n):
-    """Yields x_T, then the z of one step after the other: each [S, n, 3], a network's from its own seed."""
-    seeds, which = seeds_of(cells)
-    return (z[which] for z in image_noise(stream, seeds, (n, 3)))
+def noise_of(purpose, setups, count):
+    """Yields standard normal tensors [S, count, 3] without end, a network's from its own seed."""
+    return image_noise(purpose, 0, [s.seed for s in setups], (count, 3))
 
 
-def thrown(nets, schedule, cells):
-    """How far ATTACKED shoves throw a sample: FGSM (Algorithm 2), and random signs of the same size. -> two of [S].
+def thrown(nets, schedule, setups):
+    """How far ATTACKED shoves throw a sample: by FGSM (Algorithm 2), and by random signs of the same size ->
+    two of [S], rms distances in data units from the undisturbed sample of the same noise."""
+    steps = attacked_steps(len(schedule), ATTACKED, "spread")
+    draws = noise_of("toy attack", setups, VICTIMS)
 
-    The rms distance, in original units, from the undisturbed sample of the same noise.
-    """
-    steps, draws = attacked_steps(len(schedule), ATTACKED, "spread"), noise_of(ATTACK_STREAM, cells, VICTIMS)
-
-    def attack(x_t, step):
+    def attack(x_t, step, z):
         if step not in steps:
             return x_t
+        i = torch.full((len(x_t),), step)
+        one_step = functools.partial(reverse_step, nets, schedule, i=i, clamp=None)
+        normal, gradient = (lambda: next(draws)), (lambda L, x: gradient_of(L, x)[0])
         clean, x_t, control = x_t.chunk(3, dim=1)           # three trajectories of the same noise
-        following = lambda x: next_state(nets, schedule, x, torch.full((len(x),), step), "ddpm", "large", None)
-        state, sigma, _ = following(x_t)
+        x_t = fgsm(one_step, x_t, normal, gradient)
+        control = random_signs(one_step, control, normal, gradient)
+        return torch.cat([clean, x_t, control], dim=1)
 
-        def slope(delta):
-            with torch.enable_grad():
-                delta = delta.detach().requires_grad_()
-                return torch.autograd.grad((following(x_t + delta)[0] - state).square().sum(), delta)[0]
-
-        start = sigma * next(draws)
-        return torch.cat([clean, x_t + fgsm(slope, start, sigma), control + sigma * start.sign()], dim=1)
-
-    noise = (z.repeat(1, 3, 1) for z in noise_of(SAMPLE_STREAM, cells, VICTIMS))
-    clean, *others = sample(nets, schedule, noise, clamp=None, attack=attack).chunk(3, dim=1)
-    scale = torch.tensor([distribution(c.data).scale for c in cells])
-    return [scale * (x - clean).square().sum(dim=2).mean(dim=1).sqrt() for x in others]
+    noise = (z.repeat(1, 3, 1) for z in noise_of("toy victims", setups, VICTIMS))
+    clean, *moved = sample(nets, schedule, noise, clamp=None, attack=attack).chunk(3, dim=1)       # [S, n, 3]
+    scale = torch.tensor([distribution(s.data).scale for s in setups])
+    return [scale * (x - clean).square().sum(dim=2).mean(dim=1).sqrt() for x in moved]
 
 
-def measure(nets, cells, n):
-    """Samples n points from every network and compares them with the truth -> for every network:
+def traced(nets, schedule, setups, count):
+    """Samples of every network by Eq. 4 -> x_0 [S, count, 3], and the first TRACES of them on their way
+    [T / EVERY + 1, S, TRACES, 3], from x_T to x_0."""
+    progress, trace = Progress(T, "steps", f"{setups[0].method} sampling"), []
 
-    its numbers, a dict (COLUMNS); trajectories [T / EVERY + 1, TRACES, 3] in original units; and its score at SCORE_T on
-    the grid of `slice_of` [FIELD ** 2, 3], standardised.
-    """
-    schedule, t = Schedule.named("linear", T), torch.full((len(cells),), SCORE_T)
-    alpha_bar, schedule = schedule.alpha_bar[SCORE_T].item(), schedule.to("cpu")
-    progress, trace = Progress(T, "steps", f"{cells[0].method} sampling"), []
-
-    def look(x_t, step):
+    def look(x_t, step, z):
         if (step + 1) % EVERY == 0:                         # T - 1, T - 1 - EVERY, ...
             trace.append(x_t[:, :TRACES])
         progress.update(T - step)
         return x_t
 
-    x_0 = sample(nets, schedule, noise_of(SAMPLE_STREAM, cells, n), clamp=None, attack=look)                # [S, n, 3]
+    x_0 = sample(nets, schedule, noise_of("toy samples", setups, count), clamp=None, attack=look)
     progress.close()
-    slopes = [lipschitz(nets, schedule, x_t[:, :VICTIMS], T - 1 - k * EVERY) for k, x_t in enumerate(trace)]    # of [S, B]
-    trace = torch.stack([*trace, x_0[:, :TRACES]])                                                          # [K, S, n, 3]
-    score = lambda x: -nets(x.float(), t).double() / (1 - alpha_bar) ** 0.5
-    clean = torch.stack([standardised(c.data, training_points(c.data, "clean", HELD_OUT, 2048)) for c in cells])
-    x_t = schedule.noised(clean, t, next(noise_of(HELD_OUT, cells, 2048)))                                  # [S, 2048, 3]
-    truth = torch.stack([true_score(c.data, x, alpha_bar) for c, x in zip(cells, x_t)])
-    error = ((score(x_t) - truth).square().mean(dim=(1, 2)) / truth.square().mean(dim=(1, 2))).sqrt()       # [S]
-    fields = score(torch.stack([slice_of(c.data, alpha_bar) for c in cells]))                               # [S, FIELD ** 2, 3]
-    numbers = torch.stack([error, torch.stack(slopes).mean(dim=(0, 2)), *thrown(nets, schedule, cells)], dim=1).tolist()
-    return [(errors(c.data, original(c.data, x)) | dict(zip(("score_error", "lipschitz", "thrown", "shaken"), row)),
-             original(c.data, trace[:, k]), fields[k]) for k, (c, x, row) in enumerate(zip(cells, x_0, numbers))]
+    return x_0, torch.stack([*trace, x_0[:, :TRACES]])
 
 
-# --------------------------------------------------------------------------------------------------- tables and claims
+def learned_scores(nets, schedule, setups):
+    """The networks' scores at SCORE_T -> their relative errors [S] on diffused clean points, and the scores
+    on the grid of `slice_of` [S, FIELD^2, 3], standardised."""
+    alpha_bar, t = schedule.alpha_bar[SCORE_T].item(), torch.full((len(setups),), SCORE_T)
+
+    def score(x_t):
+        return -nets(x_t, t).double() / (1 - alpha_bar)**0.5
+
+    clean = [training_points(s.data, "clean", 0, HELD_OUT, "toy held-out points") for s in setups]
+    x_0 = torch.stack([standardised(s.data, x) for s, x in zip(setups, clean)])
+    x_t = schedule.noised(x_0, t, next(noise_of("toy held-out noise", setups, HELD_OUT)))           # Eq. 2
+    truth = torch.stack([true_score(s.data, x, alpha_bar) for s, x in zip(setups, x_t)])           # [S, N, 3]
+    error = ((score(x_t) - truth).square().mean(dim=(1, 2)) / truth.square().mean(dim=(1, 2))).sqrt()
+    return error, score(torch.stack([slice_of(s.data, alpha_bar) for s in setups]))
+
+
+def measure(nets, setups, count):
+    """Compares `count` samples of every network with the truth -> for every network its numbers, a dict with
+    the keys of COLUMNS; trajectories [T / EVERY + 1, TRACES, 3] in data units; and its score field, see
+    `learned_scores`."""
+    schedule = Schedule.named("linear", T).to("cpu")
+    x_0, trace = traced(nets, schedule, setups, count)
+    slopes = [lipschitz(nets, schedule, x_t[:, :VICTIMS], T - 1 - k * EVERY)                        # [S, B]
+              for k, x_t in enumerate(trace[:-1])]
+    error, fields = learned_scores(nets, schedule, setups)
+    by_fgsm, by_signs = thrown(nets, schedule, setups)
+    slope = torch.stack(slopes).mean(dim=(0, 2))                                                    # [S]
+    results = []
+    for k, s in enumerate(setups):
+        numbers = errors(s.data, original(s.data, x_0[k])) | dict(
+            score_error=error[k].item(), lipschitz=slope[k].item(), thrown=by_fgsm[k].item(),
+            shaken=by_signs[k].item())
+        results.append((numbers, original(s.data, trace[:, k]), fields[k]))
+    return results
+
+
+# ------------------------------------------------------------------------------------------- table and claims
 
 COLUMNS = dict(rms="rms", median="median", strays="strays", kept="variance kept", smallest_mode="least mode",
                score_error="score error", lipschitz="Lipschitz", thrown="thrown by FGSM", shaken="by signs")
-# Claim, where in the paper, the number that shows it, and "factor x one configuration < another". The last group is of sweeps.
+TWICE, HALF = ("2 a < b", lambda a, b: b - 2 * a), ("a / 2 < b", lambda a, b: b - a / 2)
+# Claim, where in the paper, the number that shows it, the rule, and its a and b. The last group is of sweeps.
 CLAIMS = [
-    ("invariance diverges, clean data", "Fig. 10", "rms", 2, "clean ddpm", "clean inv"),
-    ("invariance diverges, inlier noise", "Fig. 2a, 10", "rms", 2, "inlier ddpm", "inlier inv"),
-    ("invariance diverges, outliers", "Fig. 2a, 10", "rms", 2, "outlier ddpm", "outlier inv"),
-    ("adv unlearns inlier noise", "Fig. 2a, 3.1", "rms", 1, "inlier adv", "inlier ddpm"),
-    ("adv suffers less from outliers", "Fig. 2a", "rms", 1, "outlier adv", "outlier ddpm"),
-    ("adv unlearns more than ran", "3.1, Table 1", "rms", 1, "inlier adv", "inlier ran"),
-    ("adv unlearns more than ran, by the median", "3.1, Table 1", "median", 1, "inlier adv", "inlier ran"),
-    ("ran unlearns more than ddpm", "3.1, Table 1", "rms", 1, "inlier ran", "inlier ddpm"),
-    ("on clean data adv loses variance", "3.3", "kept", 1, "clean adv", "clean ddpm"),
-    ("on clean data adv loses no mode", "3.3", "smallest_mode", 0.5, "clean ddpm", "clean adv"),
-    ("adv's score is nearer the truth", "Fig. 2b", "score_error", 1, "inlier adv", "inlier ddpm"),
-    ("adv's score is nearer, outliers", "Fig. 2b", "score_error", 1, "outlier adv", "outlier ddpm"),
-    ("adv's denoiser is smoother", "2.3, 3.3", "lipschitz", 1, "inlier adv", "inlier ddpm"),
-    ("an attack throws adv less", "3.4", "thrown", 1, "inlier adv", "inlier ddpm"),
+    ("invariance diverges, clean data", "Fig. 10", "rms", TWICE, "clean ddpm", "clean inv"),
+    ("invariance diverges, inlier noise", "Fig. 2a, 10", "rms", TWICE, "inlier ddpm", "inlier inv"),
+    ("invariance diverges, outliers", "Fig. 2a, 10", "rms", TWICE, "outlier ddpm", "outlier inv"),
+    ("adv unlearns inlier noise", "Fig. 2a, 3.1", "rms", LESS, "inlier adv", "inlier ddpm"),
+    ("adv suffers less from outliers", "Fig. 2a", "rms", LESS, "outlier adv", "outlier ddpm"),
+    ("adv unlearns more than ran", "3.1, Table 1", "rms", LESS, "inlier adv", "inlier ran"),
+    ("adv unlearns more than ran, by the median", "3.1, Table 1", "median", LESS, "inlier adv", "inlier ran"),
+    ("ran unlearns more than ddpm", "3.1, Table 1", "rms", LESS, "inlier ran", "inlier ddpm"),
+    ("on clean data adv loses variance", "3.3", "kept", LESS, "clean adv", "clean ddpm"),
+    ("on clean data adv loses no mode", "3.3", "smallest_mode", HALF, "clean ddpm", "clean adv"),
+    ("adv's score is nearer the truth", "Fig. 2b", "score_error", LESS, "inlier adv", "inlier ddpm"),
+    ("adv's score is nearer, outliers", "Fig. 2b", "score_error", LESS, "outlier adv", "outlier ddpm"),
+    ("adv's denoiser is smoother", "2.3, 3.3", "lipschitz", LESS, "inlier adv", "inlier ddpm"),
+    ("an attack throws adv less", "3.4", "thrown", LESS, "inlier adv", "inlier ddpm"),
 
-    ("x: noise left at 0.1 is gone at 0.3", "3, F.3", "rms", 2, "inlier x 0.3", "inlier x 0.1"),
-    ("eps: noise left at 0.1 is gone at 0.3", "3, F.3", "rms", 2, "inlier eps 0.3", "inlier eps 0.1"),
-    ("x: 0.5 smooths more than 0.3", "3", "kept", 1, "clean x 0.5", "clean x 0.3"),
-    ("eps: 0.5 smooths more than 0.3", "3", "kept", 1, "clean eps 0.5", "clean eps 0.3"),
-    ("a smaller omega smooths more", "2.4, Fig. 2c", "kept", 1, "clean 1", "clean 4"),
+    ("x: noise left at 0.1 is gone at 0.3", "3, F.3", "rms", TWICE, "inlier x 0.3", "inlier x 0.1"),
+    ("eps: noise left at 0.1 is gone at 0.3", "3, F.3", "rms", TWICE, "inlier eps 0.3", "inlier eps 0.1"),
+    ("x: 0.5 smooths more than 0.3", "3", "kept", LESS, "clean x 0.5", "clean x 0.3"),
+    ("eps: 0.5 smooths more than 0.3", "3", "kept", LESS, "clean eps 0.5", "clean eps 0.3"),
+    ("a smaller omega smooths more", "2.4, Fig. 2c", "kept", LESS, "clean omega 1", "clean omega 4"),
 ]
 
 
-def summary(cells, results, sweep):
-    """Mean and deviation over seeds -> a record, a dict, for every configuration; CLAIMS know it by its `name`."""
-    name, runs = {None: "{noise} {method}", "lam": "{noise} {lam_units} {lam:g}", "omega": "{noise} {omega:g}",
-            "reg_share": "{noise} {reg_share:g}"}[sweep], {}
-    for cell, (numbers, _, _) in zip(cells, results):
-        runs.setdefault(cell._replace(seed=None), []).append(numbers)
-    records = []
-    for cell, group in runs.items():
-        values = {key: [numbers[key] for numbers in group] for key in COLUMNS}
-        records.append(cell._asdict() | dict(name=name.format(**cell._asdict()), seed=len(group)) | {
-            key: [float(np.mean(v)), float(np.std(v, ddof=1)) if len(v) > 1 else 0.0] for key, v in values.items()})
-    return records
+def cell(values):
+    """Of the numbers of all seeds: mean, sample deviation (None of one seed), count; no mean where one is
+    missing."""
+    if not all(map(math.isfinite, values)):
+        return None, None, len(values)
+    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None, len(values)
 
 
-def check_claims(records):
-    """The claims of the paper for which both configurations have been run -> a dict each: it holds where the two numbers
-    are further apart than their deviations."""
+def summary(setups, results, sweep):
+    """A record, a dict, for every configuration: its setup with the number of seeds for the seed, the `name`
+    by which CLAIMS know it, and a `cell` for each of COLUMNS."""
+    name = {None: "{noise} {method}", "lam": "{noise} {lam_units} {lam:g}",
+            "omega": "{noise} omega {omega:g}", "reg_share": "{noise} share {reg_share:g}"}[sweep]
+    of_seeds = {}
+    for setup, (numbers, _, _) in zip(setups, results):
+        of_seeds.setdefault(setup._replace(seed=None), []).append(numbers)
+    return [setup._asdict() | dict(seed=len(numbers), name=name.format(**setup._asdict()))
+            | {key: cell([own[key] for own in numbers]) for key in COLUMNS}
+            for setup, numbers in of_seeds.items()]
+
+
+def claims_of(records):
+    """The claims for which both configurations have been run, as report.py's `judge` gives them."""
     found = []
-    for data, (claim, where, key, factor, smaller, larger) in itertools.product(DATA, CLAIMS):
-        named = {r["name"]: r[key] for r in records if r["data"] == data}
-        if smaller in named and larger in named and (key, data) != ("smallest_mode", "oblique-plane"):
-            (a, a_deviation), (b, b_deviation) = named[smaller], named[larger]
-            found.append(dict(data=data, claim=claim, where=where, number=key, factor=factor, smaller=smaller, larger=larger,
-                              values=[a, b], holds=factor * (a + a_deviation) < b - b_deviation))
+    for data, (claim, place, key, rule, *names) in itertools.product(DATA, CLAIMS):
+        cells = {r["name"]: r[key] for r in records if r["data"] == data}
+        one_mode = key == "smallest_mode" and data == "oblique-plane"
+        if all(name in cells for name in names) and not one_mode:
+            shown = f"{data}, {COLUMNS[key]}: {', '.join(names)}"
+            found.append(judge(claim, place, shown, *rule, [cells[name] for name in names]))
     return found
+
+
+def text_of(found):
+    """A `cell` as report.py shows it."""
+    return show(None if found[0] is None else found)
 
 
 def print_table(rows):
@@ -370,63 +415,84 @@ def print_table(rows):
     print()
 
 
-# ------------------------------------------------------------------------------------------------------------ figures
+# ---------------------------------------------------------------------------------------------------- figures
 
 def layouts():
-    """The paper's figures as rows of panels: kind, data set, noise, and whose samples, trajectories or scores it shows."""
-    plane, noisy, pair = DATA[0], NOISES[1:], ("ddpm", "adv")
+    """The paper's figures as rows of panels: kind, data set, noise, and what it shows: a method's samples,
+    trajectories or scores, the training data (`data`) or the true score (`truth`)."""
+    plane, noisy, pair, three = DATA[0], NOISES[1:], ("ddpm", "adv"), ("ddpm", "inv", "adv")
     return {
-        "fig2a": [[("points", plane, noise, "data"), *(("paths", plane, noise, m) for m in ("ddpm", "inv", "adv"))]
+        "fig2a": [[("points", plane, noise, "data"), *(("paths", plane, noise, m) for m in three)]
                   for noise in noisy],
         "fig2b": [[("field", data, noise, m) for m in ("truth", *pair)] for data, noise in zip(DATA, noisy)],
         "fig6-right": [[("flow", data, "inlier", m) for m in pair] for data in DATA],
-        "fig10": [[(kind, plane, noise, m) for m in ("ddpm", "inv") for kind in ("points", "paths")] for noise in noisy],
+        "fig10": [[(kind, plane, noise, m) for m in ("ddpm", "inv") for kind in ("points", "paths")]
+                  for noise in noisy],
         "fig11": [[("flow", data, noise, m) for m in pair] for data in DATA for noise in noisy]}
 
 
-def draw_panel(axes, kind, data, noise, method, shown):
-    """One panel of `layouts`. shown: (data, noise, method) -> trajectories [K, n, 3], original units, and a score field.
+def in_plane(d, x):
+    """Points in the plane that a distribution d is drawn in: x [..., 3] in data units -> array [..., 2]."""
+    return ((x - d.origin) @ d.basis.T).numpy()
 
-    -> what a colour bar can be made of, and its label.
-    """
-    d, schedule = distribution(data), Schedule.named("linear", T)
-    view = lambda x: ((x - d.origin) @ d.basis.T).numpy()                       # [..., 3] -> [..., 2]
-    middle, reach = view((d.low + d.high) / 2), d.reach
-    axes.set_title(f"{NAMES[method]}: {data}" + ("" if method == "truth" else f", {noise}"), fontsize=9)
+
+def draw_panel(axes, panel, shown):
+    """One panel of `layouts`. shown: (data, noise, method) -> trajectories [K, n, 3] in data units, and a
+    score field. -> what a colour bar can be made of, and its label."""
+    kind, data, noise, method = panel
+    d, own = distribution(data), shown.get((data, noise, method))
+    title = {"data": "training data", "truth": "true score"} | METHODS
+    axes.set_title(f"{title[method]}: {data}" + ("" if method == "truth" else f", {noise}"), fontsize=9)
+    middle = in_plane(d, (d.low + d.high) / 2)
     if kind == "flow":
-        edges = np.linspace(-reach, reach, 101) + middle[d.flow]
-        path = view(shown[data, noise, method][0])[..., d.flow]                 # [K, n]
-        density = np.stack([np.histogram(row, edges)[0] for row in path], axis=1) / path.shape[1]
-        axes.set(xlabel="t", ylabel=d.labels[d.flow])
-        return axes.imshow(100 * density, origin="lower", aspect="auto", cmap="magma", vmax=20,
-                           extent=[T, 0, edges[0], edges[-1]]), "% of the samples in a bin"
-    axes.set(xlabel=d.labels[0], ylabel=d.labels[1], aspect="equal", xlim=(middle[0] - reach, middle[0] + reach),
-             ylim=(middle[1] - reach, middle[1] + reach))
+        return draw_flow(axes, d, middle, in_plane(d, own[0]))
+    axes.set(xlabel=d.labels[0], ylabel=d.labels[1], aspect="equal",
+             xlim=(middle[0] - d.reach, middle[0] + d.reach), ylim=(middle[1] - d.reach, middle[1] + d.reach))
     if kind == "field":
-        alpha_bar = schedule.alpha_bar[SCORE_T].item()
-        x_t = slice_of(data, alpha_bar)
-        score = true_score(data, x_t, alpha_bar) if method == "truth" else shown[data, noise, method][1]
-        u, v = view(original(data, x_t / alpha_bar ** 0.5)).T
-        arrow = (score @ d.basis.T).numpy() / d.scale                           # per unit of length
-        length = np.linalg.norm(arrow, axis=1)
-        image = axes.pcolormesh(*(c.reshape(FIELD, FIELD) for c in (u, v, length)), cmap="cividis", shading="nearest")
-        axes.quiver(u, v, *(arrow / length.clip(min=1e-12)[:, None]).T, color="white", scale=30, width=0.004)
-        return image, "length of the score"
-    image = None
-    if kind == "paths":
-        path = view(shown[data, noise, method][0])[:, :80]                      # [K, up to 80, 2]
-        axes.plot(*path.transpose(2, 0, 1), color="grey", linewidth=0.3, alpha=0.5)
-        image = axes.scatter(*path.reshape(-1, 2).T, c=np.repeat(np.linspace(T, 0, len(path)), path.shape[1]), s=1, cmap="cividis")
-    x = training_points(data, noise, 0, 768) if method == "data" else shown[data, noise, method][0][-1, :768]
-    axes.scatter(*view(x).T, s=2, color=ORANGE)
+        return draw_field(axes, data, own and own[1])
+    points = training_points(data, noise, 0, DOTS) if method == "data" else own[0][-1, :DOTS]
+    axes.scatter(*in_plane(d, points).T, s=2, color=ORANGE, zorder=3)
     axes.axhline(0, color="black", linewidth=0.6)                               # the plane
-    return image, "t"
+    return draw_paths(axes, in_plane(d, own[0][:, :PATHS])) if kind == "paths" else None, "t"
 
 
-def draw_figures(out, cells, results, plt):
+def draw_flow(axes, d, middle, path):
+    """The density of a coordinate of the samples over time: path [K, n, 2]."""
+    edges = np.linspace(-d.reach, d.reach, 101) + middle[d.flow]
+    density = np.stack([np.histogram(row, edges)[0] for row in path[..., d.flow]], axis=1) / path.shape[1]
+    axes.set(xlabel="t", ylabel=d.labels[d.flow])
+    return axes.imshow(100 * density, origin="lower", aspect="auto", cmap="magma", vmax=20,
+                       extent=[T, 0, edges[0], edges[-1]]), "% of the samples in a bin"
+
+
+def draw_field(axes, data, score):
+    """Directions and lengths of a score [FIELD^2, 3] on the grid of `slice_of`, of the true one if None; the
+    colours are the same for all scores of a data set."""
+    d, alpha_bar = distribution(data), Schedule.named("linear", T).alpha_bar[SCORE_T].item()
+    x_t = slice_of(data, alpha_bar)
+    x, y = in_plane(d, original(data, x_t / alpha_bar**0.5)).T
+    truth = true_score(data, x_t, alpha_bar)
+    true_arrows, arrows = (each @ d.basis.T / d.scale for each in (truth, truth if score is None else score))
+    length = arrows.norm(dim=1, keepdim=True)                                   # per unit of length
+    image = axes.pcolormesh(*(c.reshape(FIELD, FIELD) for c in (x, y, length.numpy())), cmap="cividis",
+                            shading="nearest", vmin=0, vmax=true_arrows.norm(dim=1).max().item())
+    axes.quiver(x, y, *(arrows / length.clamp(min=1e-12)).T.numpy(), color="white", scale=30, width=0.004)
+    return image, "length of the score"
+
+
+def draw_paths(axes, path):
+    """Trajectories [K, n, 2] as thin lines, their colour the time."""
+    from matplotlib.collections import LineCollection       # installed, or nothing would be drawn
+    pieces = np.stack([path[:-1], path[1:]], axis=2)                                        # [K - 1, n, 2, 2]
+    lines = LineCollection(pieces.reshape(-1, 2, 2), cmap="viridis", linewidths=0.5)
+    lines.set_array(np.repeat(np.linspace(T, 0, len(pieces)), path.shape[1]))
+    return axes.add_collection(lines)
+
+
+def draw_figures(out, setups, results, plt):
     """Draws the paper's figures. -> their paths."""
-    shown = {}                                              # the trajectories of all seeds, the score field of the first
-    for (data, noise, method, *_), (_, trace, field) in zip(cells, results):
+    shown = {}                                              # the trajectories of all seeds, the first's score
+    for (data, noise, method, *_), (_, trace, field) in zip(setups, results):
         traces, field = shown.get((data, noise, method), (trace[:, :0], field))
         shown[data, noise, method] = torch.cat([traces, trace], dim=1), field
     paths = []
@@ -434,128 +500,126 @@ def draw_figures(out, cells, results, plt):
         figure, axes = plt.subplots(len(rows), len(rows[0]), squeeze=False, layout="constrained",
                                     figsize=(3.1 * len(rows[0]), 2.8 * len(rows)))
         for line, row in zip(axes, rows):
-            image, label = [draw_panel(ax, *panel, shown) for ax, panel in zip(line, row)][-1]
+            image, label = [draw_panel(ax, panel, shown) for ax, panel in zip(line, row)][-1]
             figure.colorbar(image, ax=line[-1], label=label)
-        paths.append(save(figure, out / f"{name}.png"))
+        paths.append(save_figure(figure, out / f"{name}.png"))
+    return paths + [draw_ray(out / "fig2c.png", plt)]
+
+
+def draw_ray(path, plt):
+    """Fig. 2c: the radius of Eq. 7 in units of x_t, for every omega of the sweep. -> the path."""
     schedule, t = Schedule.named("linear", T), torch.arange(T)
     figure, ax = plt.subplots(figsize=(4.5, 3.2), layout="constrained")
     for omega, style in zip(SWEEPS["omega"], ("-", "--", "-.", ":", (0, (1, 4)))):
-        R = [schedule.sqrt_one_minus_alpha_bar * radius(schedule, t, beta, omega) for beta in (0.5, 1.0, 2.0)]  # Eq. 7
+        R = [schedule.sqrt_one_minus_alpha_bar * radius(schedule, t, beta, omega) for beta in (0.5, 1.0, 2.0)]
         line, = ax.plot(t, R[1], linestyle=style, label=f"ω = {omega:g}")
         ax.fill_between(t, R[0], R[2], color=line.get_color(), alpha=0.2)
-    ax.set(xlabel="t", ylabel="√(1 − ᾱ) r(t), in units of x_t", title="Perturbation ray, β = 1 (bands: 0.5 to 2)")
+    ax.set(xlabel="t", ylabel="√(1 − ᾱ) r(t), in units of x_t",
+           title="Perturbation ray, β = 1 (bands: 0.5 to 2)")
     ax.legend()
-    return paths + [save(figure, out / "fig2c.png")]
+    return save_figure(figure, path)
 
 
 def draw_sweep(path, records, sweep, plt):
-    """Draws the trade-off of a sweep: noise left against variance kept, a line per reading of lambda_t. -> the path."""
+    """Draws the trade-off of a sweep: noise left against variance kept, a line for each reading of lambda_t.
+    -> the path."""
     figure, ax = plt.subplots(figsize=(4.8, 3.6), layout="constrained")
-    clean, inlier = ([r for r in records if r["noise"] == noise] for noise in NOISES[:2])
     for units, style in (("x", "o-"), ("eps", "s--")):
-        pairs = [(c["kept"], r["rms"], r[sweep]) for c, r in zip(clean, inlier) if r["lam_units"] == units]
-        if pairs:
-            kept, rms, values = map(np.array, zip(*pairs))
-            ax.errorbar(kept[:, 0], rms[:, 0], rms[:, 1], kept[:, 1], fmt=style, capsize=2, label=f"R in units of {units}")
-            for x, y, value in zip(kept[:, 0], rms[:, 0], values):
-                ax.annotate(f"{value:g}", (x, y), textcoords="offset points", xytext=(4, 4), fontsize=8)
+        clean, inlier = ([r for r in records if (r["noise"], r["lam_units"]) == (noise, units)]
+                         for noise in NOISES[:2])
+        if clean:
+            kept = np.array([r["kept"] for r in clean], dtype=float)           # mean, deviation or NaN, count
+            rms = np.array([r["rms"] for r in inlier], dtype=float)
+            ax.errorbar(kept[:, 0], rms[:, 0], rms[:, 1], kept[:, 1], fmt=style, capsize=2,
+                        label=f"R in units of {units}")
+            for x, y, r in zip(kept[:, 0], rms[:, 0], clean):
+                ax.annotate(f"{r[sweep]:g}", (x, y), textcoords="offset points", xytext=(4, 4), fontsize=8)
+    varied = dict(lam="λ", omega="ω", reg_share="share regularised")[sweep]
     ax.set(xlabel="variance kept, trained on clean data", ylabel="rms distance, trained on inlier noise",
-           title=f"{records[0]['data']}: {dict(lam='λ', omega='ω', reg_share='share regularised')[sweep]} beside each point")
+           title=f"{records[0]['data']}: {varied} beside each point")
     ax.legend()
-    return save(figure, path)
+    return save_figure(figure, path)
 
 
-def save(figure, path):
-    """Writes a matplotlib figure, atomically. -> the path."""
-    with atomic_write(path) as temporary:
-        figure.savefig(temporary, dpi=110)
-    return path
+# ------------------------------------------------------------------------------------------- the command line
 
-
-# --------------------------------------------------------------------------------------------------- the command line
-
-def arguments():
+def arguments(argv):
     """The command line, checked."""
-    parser = argparse.ArgumentParser(description="The paper's experiments on 3-D data whose distribution is known.",
-                                     epilog=__doc__.split("\n\n")[1], formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     add = parser.add_argument
     add("--data", choices=DATA, help="one data set (default: both; a sweep: oblique-plane)")
-    add("--noise", choices=NOISES, help="one corruption of the training data (default: all; a sweep: clean and inlier)")
+    add("--noise", choices=NOISES, help="one corruption of the training data (default: all; a sweep "
+        "takes clean and inlier)")
     add("--method", choices=METHODS, help="one method (default: all; a sweep: adv)")
-    add("--sweep", choices=[name.replace("_", "-") for name in SWEEPS], help="vary lambda, with both readings of lambda_t, "
-        "or omega, or the share of the batch that is regularised instead")
-    add("--balance", action="store_true", help="divide the loss at t by 1 + lambda_t, see train.py")
+    add("--sweep", choices=[name.replace("_", "-") for name in SWEEPS], help="vary lambda, with both "
+        "readings of lambda_t, or omega, or the share of the batch that is regularised")
+    add("--balance", action="store_true", help="divide the loss at t by 1 + lambda_t, see beyond.py")
     add("--lam", type=float, default=0.3, help="lambda, the strength of the regulariser (default 0.3)")
-    add("--lam-units", choices=["x", "eps"], default="x", help="lambda_t = lambda sqrt(3) / (beta R): R in units of x_t "
-        "(default) or of eps")
+    add("--lam-units", choices=["x", "eps"], default="x", help="lambda_t = lambda sqrt(3) / (beta R): R in "
+        "units of x_t (default) or of eps")
     add("--omega", type=float, default=2.0, help="Eq. 7's exponent (default 2)")
-    add("--seeds", type=int, default=3, help="networks a configuration (default 3): every number is a mean over them")
+    add("--seeds", type=int, default=3, help="networks a configuration, numbers are their means (default 3)")
     add("--steps", type=int, default=3000, help="training steps (default 3000)")
     add("--batch", type=int, default=128, help="points a training step (default 128)")
-    add("--n", type=int, default=512, help="samples a network (default 512)")
-    add("--out", type=Path, default=Path("results"), help="folder for table and figures (default results/)")
-    args = parser.parse_args()
+    add("--num-samples", type=int, default=512, help="samples a network (default 512)")
+    add("--out", type=Path, default=Path("runs/toy3d"), help="folder of the results (default runs/toy3d)")
+    args = parser.parse_args(argv)
     args.sweep = args.sweep and args.sweep.replace("-", "_")
+    check_ranges(args, num_samples=(VICTIMS, math.inf), lam=(0, math.inf),
+                 **dict.fromkeys(("seeds", "steps", "batch", "omega"), (1, math.inf)))
+    if args.sweep and args.noise:
+        raise UserError(f"--noise {args.noise}: a sweep compares clean with inlier")
     if args.sweep == "reg_share" and args.batch % 16:
         raise UserError(f"--batch {args.batch}: must be a multiple of 16, for a share of 1/16")
-    for name, least in (("seeds", 1), ("steps", 1), ("batch", 1), ("n", VICTIMS), ("lam", 0), ("omega", 1)):
-        if not least <= getattr(args, name) < math.inf:
-            raise UserError(f"--{name} {getattr(args, name)}: must be at least {least}")
     return args
-
-
-def main():
-    """Trains, measures, compares with the paper's claims, draws."""
-    args, began = arguments(), time.perf_counter()
-    try:
-        import matplotlib
-        matplotlib.use("Agg")
-        from matplotlib import pyplot as plt
-    except ImportError:
-        plt = None
-        print("no figures: matplotlib is not installed (pip install matplotlib)")
-    groups = configurations(args)
-    print(f"{sum(map(len, groups))} networks in {len(groups)} groups, {args.steps} steps of {args.batch} points each", flush=True)
-    cells, results = [], []
-    for group in groups:
-        cells += group
-        results += measure(train(group, args.steps, args.batch, args.balance), group, args.n)
-    records = summary(cells, results, args.sweep)
-    claims = check_claims(records)
-    balanced = "balance" if args.balance else None
-    name = "-".join(["toy3d", *(v.replace("_", "-") for v in (args.sweep, args.data, args.noise, args.method, balanced) if v)])
-    protocol = dict(steps=args.steps, batch=args.batch, n=args.n, seeds=args.seeds, balance=args.balance)
-    strict = lambda value: [v if math.isfinite(v) else None for v in value] if isinstance(value, list) else value   # no NaN in JSON
-    with atomic_write(args.out / f"{name}.json") as temporary:
-        temporary.write_text("".join(json.dumps({k: strict(v) for k, v in (record | protocol).items()}) + "\n"
-                                     for record in records + claims))
-    made = [args.out / f"{name}.json"]
-    if plt and args.sweep:
-        made.append(draw_sweep(args.out / f"{name}.png", records, args.sweep, plt))
-    elif plt and name == "toy3d":
-        made += draw_figures(args.out, cells, results, plt)
-    number = lambda key, r: f"{r[key][0]:.3f}±{r[key][1]:.3f}"
-    print_table([["data", "configuration", *COLUMNS.values()]]
-                + [[r["data"], r["name"], *(number(key, r) for key in COLUMNS)] for r in records])
-    if claims:
-        print_table([["claim", "paper", "data", "comparison", "", "holds"]] + [
-            [c["claim"], c["where"], c["data"], f"{COLUMNS[c['number']]}: {c['smaller']} < {c['larger']}" if c["factor"] == 1 else
-             f"{COLUMNS[c['number']]}: {c['factor']} x {c['smaller']} < {c['larger']}",
-             "{:.3f}, {:.3f}".format(*c["values"]), "yes" if c["holds"] else "NO"] for c in claims])
-    print(f"made {', '.join(map(str, made))} in {time.perf_counter() - began:.0f} s")
 
 
 def configurations(args):
     """The networks that the command line asks for, in groups that train side by side: see `train`."""
-    one = lambda chosen, all: [chosen] if chosen else all
-    noises, sweep = one(args.noise, NOISES[:2] if args.sweep else NOISES), args.sweep
-    varied = [{sweep: value} for value in SWEEPS[sweep]] if sweep in ("lam", "omega") else [{}]
-    base = [Cell(data, noise, "", seed, args.lam, "", args.omega)._replace(**change) for data, noise, change, seed in itertools.product(
-        one(args.data, DATA[:1] if sweep else DATA), noises, varied, range(args.seeds))]
-    return [[cell._replace(method=method, lam_units=units, reg_share=share) for cell in base]
-            for method in one(args.method, ["adv"] if sweep else METHODS)
-            for units in (("x", "eps") if sweep == "lam" else (args.lam_units,))
-            for share in (SWEEPS[sweep] if sweep == "reg_share" else [1.0])]
+    sweep = args.sweep
+    data = [args.data] if args.data else DATA[:1] if sweep else DATA
+    noises = [args.noise] if args.noise else NOISES[:2] if sweep else NOISES
+    methods = [args.method] if args.method else ["adv"] if sweep else METHODS
+    units = ["x", "eps"] if sweep == "lam" else [args.lam_units]
+    lams, omegas, shares = (SWEEPS[name] if sweep == name else [single] for name, single in
+                            (("lam", args.lam), ("omega", args.omega), ("reg_share", 1.0)))
+    beside = list(itertools.product(data, noises, lams, omegas, range(args.seeds)))
+    return [[Setup(name, noise, method, seed, lam, unit, omega, share)
+             for name, noise, lam, omega, seed in beside]
+            for method, unit, share in itertools.product(methods, units, shares)]
+
+
+def main(argv=None):
+    """Trains, measures, compares with the paper's claims, draws."""
+    args, began = arguments(argv), time.perf_counter()
+    groups, setups, results = configurations(args), [], []
+    print(f"{sum(map(len, groups))} networks in {len(groups)} groups, {args.steps} steps of {args.batch} "
+          "points each", flush=True)
+    for group in groups:
+        setups += group
+        results += measure(train(group, args.steps, args.batch, args.balance), group, args.num_samples)
+    records = summary(setups, results, args.sweep)
+    claims = claims_of(records)
+
+    chosen = args.sweep, args.data, args.noise, args.method, "balance" if args.balance else None
+    name = "-".join(["toy3d", *(part.replace("_", "-") for part in chosen if part)])
+    figures = []
+    if (args.sweep or name == "toy3d") and (plt := pyplot()):
+        figures = ([draw_sweep(args.out / f"{name}.png", records, args.sweep, plt)] if args.sweep else
+                   draw_figures(args.out, setups, results, plt))
+    protocol = dict(steps=args.steps, batch=args.batch, num_samples=args.num_samples, seeds=args.seeds,
+                    balance=args.balance, sweep=args.sweep, device="cpu", torch=torch.__version__,
+                    figures=[path.name for path in figures])
+    write_json(args.out / f"{name}.json", dict(protocol=protocol, records=records, claims=claims))
+
+    print_table([["data", "configuration", *COLUMNS.values()]]
+                + [[r["data"], r["name"], *(text_of(r[key]) for key in COLUMNS)] for r in records])
+    if claims:
+        print_table([["claim", "paper", "data, number: a, b", "rule", "a, b", "verdict"]] + [
+            [c["claim"], c["place"], c["shown"], c["rule"],
+             ", ".join(map(text_of, zip(c["values"], c["deviations"]))), c["verdict"]] for c in claims])
+    made = [args.out / f"{name}.json", *figures]
+    print(f"made {', '.join(map(str, made))} in {time.perf_counter() - began:.0f} s")
 
 
 if __name__ == "__main__":

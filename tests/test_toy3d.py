@@ -42,8 +42,8 @@ def test_true_score_is_the_gradient_of_the_diffused_density(data):
 
 
 def test_distributions_are_the_papers():
-    """Catches a wrong plane, mode or deviation, noise of the wrong size or share, outliers off the grid, a seed
-    or purpose unused."""
+    """Catches a wrong plane, mode or deviation, noise of the wrong size or share, outliers off the grid, a
+    seed or purpose unused."""
     clean, inlier, outlier = (toy3d.training_points(PLANE, noise, 0, 20_000) for noise in toy3d.NOISES)
     assert torch.allclose(clean.sum(dim=1), torch.tensor(30.0, dtype=torch.float64))
     assert clean.var(dim=0).sum() == pytest.approx(2, rel=0.03)             # deviation 1 in two directions
@@ -51,7 +51,7 @@ def test_distributions_are_the_papers():
     assert off.square().mean().sqrt() == pytest.approx(math.sqrt(0.9) * 0.3, rel=0.02)
     assert (off < 1e-9).double().mean() == pytest.approx(0.1, abs=0.01)
     off = (outlier.sum(dim=1) - 30).abs() / math.sqrt(3)
-    assert (off > 1e-9).double().mean() == pytest.approx(0.2, abs=0.02)     # a few grid points lie in the plane
+    assert (off > 1e-9).double().mean() == pytest.approx(0.2, abs=0.02)   # a few grid points lie in the plane
     assert all(len(outlier[off > 1e-9][:, k].unique()) == 16 for k in range(3))
     assert torch.equal(inlier, toy3d.training_points(PLANE, "inlier", 0, 20_000))
     for other in (dict(seed=1), dict(seed=0, purpose="toy held-out points")):
@@ -68,11 +68,11 @@ def test_distributions_are_the_papers():
         assert torch.allclose(toy3d.original(name, x), toy3d.training_points(name, "clean", 0), atol=1e-4)
 
 
-# ------------------------------------------------------------------------------- networks side by side, trained
+# ----------------------------------------------------------------------------- networks side by side, trained
 
 def test_networks_are_what_each_would_be_alone():
-    """Catches a network that reads a neighbour's weights or time, two layers of the same random numbers, and t
-    of one value a network read as one a point."""
+    """Catches a network that reads a neighbour's weights or time, two layers of the same random numbers, and
+    t of one value a network read as one a point."""
     nets, g = Networks([3, 1], width=16), torch.Generator().manual_seed(0)
     x, t = torch.randn(2, 5, 3, generator=g), torch.randint(1000, (2, 5), generator=g)
     out = nets(x, t)
@@ -114,16 +114,17 @@ def test_training_takes_the_setups_method_lambda_and_omega():
 
     ddpm = trained(method="ddpm")
     torch.testing.assert_close(trained(lam=0.0), ddpm, rtol=1e-4, atol=1e-6)
-    variants = [ddpm, trained(), trained(lam=1.0), trained(omega=4.0), trained(lam_units="eps"), trained(seed=5),
+    variants = [ddpm, trained(), trained(lam=1.0), trained(omega=4.0), trained(lam_units="eps"),
                 trained(method="ran"), trained(method="inv"), trained(noise="clean"), trained(data=MODES),
-                trained(reg_share=0.25), trained(balance=True)]
+                trained(seed=5), trained(reg_share=0.25), trained(balance=True)]
     assert all((a - b).abs().max() > 1e-4 for a, b in itertools.combinations(variants, 2))
 
 
 def test_training_is_the_loss_of_the_plan(monkeypatch):
-    """Catches a plan whose timesteps, weights, parts or lambda are not those of the loss, or that is made with
-    another setup's lambda_t."""
-    setups = [SETUPS[0]._replace(reg_share=0.25, lam=1.0, lam_units="eps", omega=omega) for omega in (3.0, 2.0)]
+    """Catches a plan whose timesteps, weights, parts or lambda are not those of the loss, or that is made
+    with another setup's lambda_t."""
+    setup = SETUPS[0]._replace(reg_share=0.25, lam=1.0, lam_units="eps")
+    setups = [setup._replace(omega=omega) for omega in (3.0, 2.0)]
     loss, seen = toy3d.training_loss, []
 
     def half_plan(lam_t, t, chance, method, reg_share, balance):
@@ -151,11 +152,11 @@ def test_training_is_the_loss_of_the_plan(monkeypatch):
     assert not torch.equal(found, weights_of(toy3d.train(setups, 3, 16, balance=True), 1))
 
 
-# --------------------------------------------------------------------------------------------- what is measured
+# ------------------------------------------------------------------------------------------- what is measured
 
 def test_errors_of_points_whose_errors_are_known():
-    """Catches a distance along an axis instead of the normal, deviations for variances, occupancy of the wrong
-    mode."""
+    """Catches a distance along an axis instead of the normal, deviations for variances, occupancy of the
+    wrong mode."""
     plane = toy3d.training_points(PLANE, "clean", 0)
     shift = torch.where(torch.arange(len(plane)) % 2 == 0, 4.0, -1.0)[:, None] / math.sqrt(3)
     found = toy3d.errors(PLANE, 10 + 0.5 * (plane - 10) + 0.3 * shift)
@@ -178,7 +179,7 @@ def test_errors_of_points_whose_errors_are_known():
 
 
 def test_lipschitz_constant_of_a_linear_denoiser():
-    """Catches the Frobenius norm, a transposed product, eps for the denoiser, one constant for all networks."""
+    """Catches the Frobenius norm, a transposed product, eps for the denoiser, one constant for all."""
     schedule = Schedule.named("linear", 1000).to("cpu")
     A = torch.randn(2, 3, 3, generator=torch.Generator().manual_seed(0))
     found = toy3d.lipschitz(lambda x, t: x @ A, schedule, torch.randn(2, 4, 3), 300)
@@ -193,8 +194,8 @@ def test_attack_throws_a_linear_sampler_as_far_as_computed(monkeypatch):
     trajectory, networks that share their noise, and the attack and its control exchanged."""
     schedule, zero = Schedule.named("linear", 1000), lambda x, t: 0 * x
     sigma = (0.5 * schedule.log_variance_large).exp()
-    # With eps_theta = 0 a step multiplies by 1 / sqrt(1 - beta), and the best sign is the random start's: both
-    # move a sample by random signs.
+    # With eps_theta = 0 a step multiplies by 1 / sqrt(1 - beta), and the best sign is the random start's:
+    # both move a sample by random signs.
     steps = [4 * k + 2 for k in range(250)]
     growth = (1 - schedule.beta).rsqrt().cumprod(dim=0)
     expected = (3 * (sigma[steps] * growth[steps]).square().sum()).sqrt().item() * math.sqrt(2 / 3)
@@ -208,12 +209,12 @@ def test_attack_throws_a_linear_sampler_as_far_as_computed(monkeypatch):
 
 
 def test_shoves_follow_the_gradient(monkeypatch):
-    """Catches an attack without its gradient: where only one direction of the state matters to the next, FGSM's
-    signs agree with that direction, and random signs cancel in it."""
+    """Catches an attack without its gradient: where only one direction of the state matters to the next,
+    FGSM's signs agree with that direction, and random signs cancel in it."""
     schedule, u = Schedule.named("linear", 1000), torch.full((3,), 3**-0.5)
     beta, s = schedule.beta[998].item(), math.sqrt(1 - schedule.alpha_bar[998].item())
 
-    def along_u(x, t):                                      # the mean of the next state keeps x's part along u alone
+    def along_u(x, t):          # the next state's mean keeps of x only its part along u
         return s / beta * (x - (x @ u)[..., None] * u)
 
     monkeypatch.setattr(toy3d, "ATTACKED", 1)
@@ -246,14 +247,14 @@ def test_truth_measures_as_true(data, monkeypatch):
     assert numbers["kept"] == pytest.approx(1, abs=0.12) and numbers["smallest_mode"] > 0.8
     assert trace.shape == (21, 256, 3) and field.shape == (toy3d.FIELD**2, 3)
     d = toy3d.distribution(data)
-    assert (trace[0] - d.centre).std() == pytest.approx(d.scale, rel=0.1)                   # starts as N(0, I)
+    assert (trace[0] - d.centre).std() == pytest.approx(d.scale, rel=0.1)                  # starts as N(0, I)
 
 
-# --------------------------------------------------------------------------------------------- table and claims
+# ------------------------------------------------------------------------------------------- table and claims
 
 def test_summary_over_seeds():
-    """Catches the deviation of a population, seeds of one configuration apart, two configurations as one, and a
-    mean that hides a number that is missing."""
+    """Catches the deviation of a population, seeds of one configuration apart, two configurations as one, and
+    a mean that hides a number that is missing."""
     setups = [Setup(PLANE, "inlier", "adv", seed, lam) for lam in (0.1, 0.3) for seed in (0, 1)]
     numbers = dict.fromkeys(toy3d.COLUMNS, 1.0)
     results = [(numbers | dict(rms=rms, kept=kept), None, None)
@@ -297,7 +298,7 @@ def test_claims():
     assert verdicts("smallest_mode", record("clean ddpm"), record("clean adv")) == {}       # it has one mode
 
 
-# -------------------------------------------------------------------------------------------- the command line
+# ------------------------------------------------------------------------------------------- the command line
 
 @pytest.fixture
 def short_process(monkeypatch):
@@ -308,7 +309,7 @@ def short_process(monkeypatch):
 
 def toy(out, *flags):
     """Runs the script. -> the files it wrote."""
-    toy3d.main(["--steps", "3", "--batch", "16", "--num-samples", "16", "--seeds", "1", "--out", str(out), *flags])
+    toy3d.main([*"--steps 3 --batch 16 --num-samples 16 --seeds 1 --out".split(), str(out), *flags])
     return {path.name for path in out.iterdir()}
 
 
@@ -320,7 +321,7 @@ def strict(path):
 
 
 def test_everything(short_process, tmp_path, capsys):
-    """Catches a run whose records, claims or figures are incomplete, and a file that report.py does not read."""
+    """Catches a run whose records, claims or figures are incomplete, or that report.py does not read."""
     pytest.importorskip("matplotlib")
     figures = {f"{name}.png" for name in ("fig2a", "fig2b", "fig2c", "fig6-right", "fig10", "fig11")}
     assert toy(tmp_path) == {"toy3d.json"} | figures        # after three steps many a number is not finite
@@ -335,12 +336,33 @@ def test_everything(short_process, tmp_path, capsys):
     assert "| oblique-plane | inlier adv |" in read.text
 
 
+def test_panels_show_what_was_sampled():
+    """Catches trajectories transposed or drawn backwards, another method's, and a wrong projection."""
+    figure = pytest.importorskip("matplotlib.figure").Figure()
+    path = torch.tensor([[[10, 10, 10], [11, 9, 10]], [[11, 11, 11], [12, 8, 10]], [[9, 9, 9], [10, 10, 10]]])
+    path = path.double()                                    # [K, n, 3]
+    shown = {(PLANE, "inlier", "adv"): (path, None), (PLANE, "inlier", "ddpm"): (path + 1, None)}
+    axes = figure.add_subplot()
+    lines, _ = toy3d.draw_panel(axes, ("paths", PLANE, "inlier", "adv"), shown)
+    points, = (c for c in axes.collections if c is not lines)
+    up, along = 3**0.5, 2**0.5                              # of (1, 1, 1) and of (1, -1, 0)
+    expected = np.array([[[0, 0], [0, up]], [[along, 0], [2 * along, 0]], [[0, up], [0, -up]],
+                         [[2 * along, 0], [0, 0]]])
+    np.testing.assert_allclose(lines.get_segments(), expected, atol=1e-12)
+    assert lines.get_array().tolist() == [1000, 1000, 0, 0]
+    np.testing.assert_allclose(points.get_offsets(), [[0, -up], [0, 0]], atol=1e-12)
+    image, _ = toy3d.draw_panel(figure.add_subplot(), ("flow", PLANE, "inlier", "adv"), shown)
+    density = image.get_array()                             # [distance from below, time]
+    assert density.shape == (100, 3) and density[50].tolist() == [100, 50, 50]
+    assert density[15].tolist() == [0, 0, 50] and density[84].tolist() == [0, 50, 0]    # -1.73, 1.73 of 2.5
+
+
 @pytest.mark.parametrize("sweep, names", [
     ("lam", [f"{u} {x:g}" for u in ("x", "eps") for x in (0.03, 0.1, 0.3, 0.5, 1)]),
     ("omega", [f"omega {x:g}" for x in (1, 1.5, 2, 3, 4)]),
     ("reg-share", [f"share {x:g}" for x in (1, 0.5, 0.25, 0.125, 0.0625)])])
 def test_sweeps(sweep, names, short_process, tmp_path):
-    """Catches a sweep that varies another setting, leaves a value out, or writes over the whole run's file."""
+    """Catches a sweep that varies another setting, leaves a value out, or writes over the whole run."""
     pytest.importorskip("matplotlib")
     assert toy(tmp_path, "--sweep", sweep) == {f"toy3d-{sweep}.json", f"toy3d-{sweep}.png"}
     found = strict(tmp_path / f"toy3d-{sweep}.json")
@@ -357,7 +379,8 @@ def test_a_part_without_matplotlib(short_process, monkeypatch, tmp_path, capsys)
     one."""
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert toy(tmp_path, "--noise", "inlier", "--method", "adv") == {"toy3d-inlier-adv.json"}
-    assert toy(tmp_path, "--sweep", "omega", "--balance") == {"toy3d-inlier-adv.json", "toy3d-omega-balance.json"}
+    files = toy(tmp_path, "--sweep", "omega", "--balance")
+    assert files == {"toy3d-inlier-adv.json", "toy3d-omega-balance.json"}
     assert "pip install matplotlib" in capsys.readouterr().out
     assert strict(tmp_path / "toy3d-omega-balance.json")["protocol"]["balance"]
 
@@ -370,7 +393,7 @@ def test_a_part_without_matplotlib(short_process, monkeypatch, tmp_path, capsys)
     (["--lam", "-1"], "--lam -1.0: must be at least 0"),
     (["--lam", "nan"], "--lam nan: must be at least 0"),
     (["--omega", "0.5"], "--omega 0.5: must be at least 1"),
-    (["--sweep", "lam", "--noise", "clean"], "--noise clean: a sweep compares clean with inlier, leave it out"),
+    (["--sweep", "lam", "--noise", "clean"], "--noise clean: a sweep compares clean with inlier"),
     (["--sweep", "reg-share", "--batch", "24"], "--batch 24: must be a multiple of 16, for a share of 1/16")])
 def test_refusals(flags, expected, tmp_path):
     """Catches a bad flag that is found only after the training, or never."""
