@@ -194,8 +194,14 @@ def start_processes(join=True, tf32=True):
     """-> rank, world, device, tf32 of this process: one process as it stands, or one of torchrun's.
 
     join: whether torchrun's processes form a group, as collectives need. tf32: whether a GPU may multiply in
-    TF32; what is returned says whether it does, for the protocol.
+    TF32; what is returned says whether it does, for the protocol. UserError where srun has started several
+    tasks that do not know of each other.
     """
+    tasks = int(os.environ.get("SLURM_NTASKS", 1))
+    if tasks > 1 and "SLURM_PROCID" in os.environ and "RANK" not in os.environ:
+        raise UserError(f"this is task {os.environ['SLURM_PROCID']} of Slurm's {tasks}, and without RANK and "
+                        "WORLD_SIZE each of them would work alone: let srun start one torchrun a node, or "
+                        "set RANK=0 WORLD_SIZE=1 to work alone")
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = torch.device("cpu")
     if torch.cuda.is_available():
@@ -217,6 +223,14 @@ def gather(value):
     return values
 
 
+def broadcast(value):
+    """The `value` of the first process, in every process."""
+    box = [value]
+    if dist.is_initialized():
+        dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+    return box[0]
+
+
 def all_sum(tensor):
     """The sum of a tensor over all processes."""
     if dist.is_initialized():
@@ -226,8 +240,8 @@ def all_sum(tensor):
 
 
 def together(work):
-    """work() in every process -> what it gives here; a UserError in one is raised in all, so that none waits for
-    one that has gone."""
+    """work() in every process -> what it gives here; a UserError in one is raised in all, so that none waits
+    for one that has gone."""
     mistake = result = None
     try:
         result = work()

@@ -20,7 +20,6 @@ import signal
 import statistics
 import sys
 import time
-import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -29,9 +28,9 @@ import torch
 import torch.distributed as dist
 
 import beyond
-from common import (POSITIVE, Progress, UserError, as_bytes, atomic_write, check_ranges, command_line,
-                    gather, generator, image_noise, is_first_process, noise_estimate, parser_of, save_grid,
-                    sha256_of, start_processes, stream_seed, write_json)
+from common import (POSITIVE, Progress, UserError, as_bytes, atomic_write, broadcast, check_ranges,
+                    command_line, gather, generator, image_noise, noise_estimate, parser_of, save_grid,
+                    sha256_of, start_processes, stream_seed, together, write_json)
 from data import Images
 from sample import sample, split_output
 from unet import (PRESETS, Schedule, UNet, at, expand, in_bfloat16, load_checkpoint, network_of,
@@ -431,23 +430,40 @@ def configuration(args, images, init):
     return dict(network=network, process=process, data=data, training=training)
 
 
-def check_same(out, there, now):
-    """Refuses to go on with a run that another command began, naming every setting that differs."""
+def open_inputs(args):
+    """-> the Images and the configuration of a run, and the checkpoint of --init or None. UserError: see
+    there."""
+    images = Images(args.data, args.size, args.data_dir, args.p, args.sigma, args.data_seed)
+    if args.batch > len(images):
+        raise UserError(f"--batch {args.batch}: {args.data} has only {len(images)} images")
+    init = load_checkpoint(args.init) if args.init else None
+    return images, configuration(args, images, init), init
+
+
+def open_saved(args, config, first):
+    """The checkpoint in args.out that a run goes on from, or None: read by the first process, for all of
+    them.
+
+    UserError where another command began the run, naming every setting that differs, or where others have a
+    checkpoint and the first process has none.
+    """
+    found = gather((args.out / "checkpoint.pt").exists())
+    if any(found) and not found[0]:
+        raise UserError(f"--out {args.out}: process {found.index(True)} finds a checkpoint there and process "
+                        "0 does not; process 0 reads and writes it: start that on the machine that has it")
+    if not (first and found[0]):
+        return None
+    saved = load_checkpoint(args.out)
+    there, now = saved["config"], config
+    if there["training"].get("streams") != STREAMS:
+        raise UserError(f"--out {args.out} holds a run that another version of train.py began, with other "
+                        "random streams: sample from it, start from it with --init, or choose another --out")
     differing = [f"{name} was {there[group].get(name)} and is now {value}" for group in now
                  for name, value in now[group].items() if there[group].get(name) != value]
-    if there["training"].get("streams") != STREAMS:
-        raise UserError(f"--out {out} holds a run that another version of train.py began, with other random "
-                        "streams: sample from it, start from it with --init, or choose another --out")
     if differing:
-        raise UserError(f"--out {out} holds another run: {'; '.join(differing)}. Give the same settings, or "
-                        "another --out")
-
-
-def check_processes_agree(config):
-    """Refuses to train where the processes were given different commands, as machines of one job can be."""
-    if len(set(gather(zlib.crc32(json.dumps(config, sort_keys=True).encode())))) > 1:
-        raise UserError("the processes were given different settings or data: the same command is needed on "
-                        "every machine")
+        raise UserError(f"--out {args.out} holds another run: {'; '.join(differing)}. Give the same "
+                        "settings, or another --out")
+    return saved
 
 
 def peak_memory(device):
@@ -543,11 +559,12 @@ def run(args, trainer, images, assumed, log):
 
     stop = []
 
-    def on_signal(number, frame):                           # finish the step and save; a second signal kills
+    def on_signal(number, frame):                           # finish the step and save; a second Ctrl-C kills
         stop.append(number)
-        signal.signal(number, signal.SIG_DFL)
+        if number == signal.SIGINT:
+            signal.signal(number, signal.SIG_DFL)
 
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):   # a terminal's, Slurm's
         signal.signal(number, on_signal)
 
     reader = ThreadPoolExecutor(1)                          # reads the next batch while the network works
@@ -596,31 +613,27 @@ def run(args, trainer, images, assumed, log):
 def main(argv=None):
     """Trains until args.steps, resuming where a checkpoint is."""
     args = arguments(argv)
-    images = Images(args.data, args.size, args.data_dir, args.p, args.sigma, args.data_seed)
-    if args.batch > len(images):
-        raise UserError(f"--batch {args.batch}: {args.data} has only {len(images)} images")
-    init = load_checkpoint(args.init) if args.init else None
-    config = configuration(args, images, init)
-    resume = (args.out / "checkpoint.pt").exists() and not args.benchmark
-    saved = load_checkpoint(args.out) if resume else None
-    if saved is not None:
-        check_same(args.out, saved["config"], config)
-        if saved["step"] >= args.steps:
-            if is_first_process():
-                print(f"{args.out}/checkpoint.pt is at step {saved['step']} already: nothing to do (--steps "
-                      f"{args.steps})")
-            return
     process = start_processes()
-    check_processes_agree(config)
+    images, config, init = together(lambda: open_inputs(args))
+    asked = json.dumps([config, args.steps, args.benchmark], sort_keys=True)
+    if len(set(gather(asked))) > 1:
+        raise UserError("the processes were given different settings or data: the same command is needed on "
+                        "every machine")
     if args.benchmark:
         result = benchmark(args, config, images, process)
         if process.rank == 0:
             write_json(args.out / "benchmark.json", result)
             print(json.dumps(result["methods"], indent=1) + f"\nmade {args.out}/benchmark.json")
         return
+    saved = broadcast(together(lambda: open_saved(args, config, process.rank == 0)))
+    if saved and saved["step"] >= args.steps:
+        if process.rank == 0:
+            print(f"{args.out}/checkpoint.pt is at step {saved['step']} already: nothing to do (--steps "
+                  f"{args.steps})")
+        return
     trainer = Trainer(config, args.microbatch, args.compile, process)
     if saved or init:
-        trainer.load(saved or init, resume)
+        trainer.load(saved or init, resume=saved is not None)
     del saved, init
     assumed = assumed_noise(images, args.flags, args.sigma_known) if args.method == "ambient" else None
     log = Log(args.out / "log.jsonl", trainer.step, process.rank == 0)

@@ -32,7 +32,8 @@ LIKE_ONE = dict(paper=[], share=["--reg-share", 0.5])       # that processes and
 def as_it_was(monkeypatch):
     """Four images instead of 36 in a grid: seconds saved. Training takes the signals; they are given back."""
     monkeypatch.setattr(train, "GRID", 4)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1
+    handlers = {number: signal.getsignal(number) for number in numbers}
     yield
     for number, handler in handlers.items():
         signal.signal(number, handler)
@@ -52,10 +53,16 @@ def like_one(shapes, out, name):
 
 
 def two_process_jobs(folder, shapes):
-    """The runs of LIKE_ONE with two processes, and one that each process was given another seed for."""
+    """The runs of LIKE_ONE with two processes; two machines without a common folder; and what they must not
+    do."""
     jobs = [(f"train-{name}", "train", like_one(shapes, folder / f"train-{name}", name)) for name in LIKE_ONE]
-    disagreeing = flags(shapes, folder / "disagree", "--steps", 2, "--seed", "{rank}")
-    return [*jobs, ("disagree", "train", disagreeing)]
+    apart = like_one(shapes, folder / "machine-{rank}", "paper")
+    (folder / "swapped-1").mkdir()
+    (folder / "swapped-1" / "checkpoint.pt").touch()
+    return [*jobs, ("stopped", "train", [*apart, "--steps", "2"]), ("resumed", "train", apart),
+            ("swapped", "train", flags(shapes, folder / "swapped-{rank}", "--steps", 2)),
+            ("seeds", "train", flags(shapes, folder / "disagree", "--steps", 2, "--seed", "{rank}")),
+            ("lengths", "train", flags(shapes, folder / "disagree", "--steps", "2{rank}"))]
 
 
 @pytest.fixture(scope="module")
@@ -120,10 +127,11 @@ def test_a_killed_run_goes_on_bit_for_bit(shapes, tmp_path):
 
 
 def test_a_signal_saves_and_leaves(shapes, trained, tmp_path, monkeypatch, capsys):
-    """SIGTERM in step 2, Ctrl-C in step 3: that step is finished, saved and named, and the same command goes
-    on, to the bit. Catches lines of the log that lie behind the checkpoint and are kept at the resume."""
+    """SIGUSR1 in step 1, SIGTERM in 2, Ctrl-C in 3: that step is finished, saved and named, and the same
+    command goes on, to the bit. Catches lines of the log that lie behind the checkpoint and are kept at the
+    resume."""
     advance, argv = train.Trainer.advance, flags(shapes, tmp_path / "run", "--steps", 4, "--save-every", 100)
-    for step, number in ((2, signal.SIGTERM), (3, signal.SIGINT)):
+    for step, number in ((1, signal.SIGUSR1), (2, signal.SIGTERM), (3, signal.SIGINT)):
 
         def interrupted(self, *batch):
             if self.step == step - 1:
@@ -197,11 +205,33 @@ def test_two_processes_and_microbatches_train_alike(name, shapes, tmp_path, two_
 
 
 def test_processes_with_different_commands_stop(two_processes):
-    """Two seeds would train a model that is nobody's: catches an agreement that is never checked."""
+    """Two seeds would train a model that is nobody's, and of two lengths one leaves the other waiting:
+    catches an agreement that is never checked."""
     folder, results = two_processes
-    for said in results["disagree"]:
+    for said in results["seeds"] + results["lengths"]:
         assert said.startswith("the processes were given different settings or data")
     assert not (folder / "disagree").exists()
+
+
+def test_machines_without_a_common_folder_go_on_as_one(two_processes):
+    """The first process alone reads and writes: after a stop both go on from its step, with its weights, EMA
+    and optimiser, bit for bit as one uninterrupted run. Catches a process that starts anew, or from a file of
+    its own."""
+    folder, results = two_processes
+    assert results["stopped"] == results["resumed"] == ["ok", "ok"]
+    assert_same(tensors(folder / "machine-0"), tensors(folder / "train-paper"))
+    assert not (folder / "machine-1").exists()
+    for said in results["swapped"]:
+        assert "process 1 finds a checkpoint there and process 0 does not" in said
+
+
+def test_slurm_tasks_that_do_not_know_of_each_other_stop(shapes, tmp_path, monkeypatch):
+    """srun with two tasks and no launcher: catches each of them believing that it is alone."""
+    for name, value in dict(SLURM_NTASKS="2", SLURM_PROCID="1").items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match="this is task 1 of Slurm's 2"):
+        train.main(flags(shapes, tmp_path / "run", "--steps", 2))
+    assert not (tmp_path / "run").exists()
 
 
 # ------------------------------------------------------------------------------------------------- what it is

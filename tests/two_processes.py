@@ -31,7 +31,7 @@ if __name__ == "__main__":
                 results[name] = str(error)
             except SystemExit as leaving:
                 results[name] = f"exit {leaving.code}"
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
             signal.signal(number, signal.SIG_DFL)
         torch.distributed.barrier()                 # the next job may read what this one's rank 0 writes last
     (folder / f"results-{os.environ['RANK']}.json").write_text(json.dumps(results))
