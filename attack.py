@@ -21,7 +21,8 @@ from types import SimpleNamespace
 
 import torch
 
-from common import POSITIVE, UserError, check_ranges, command_line, image_noise, parser_of, write_json
+from common import (POSITIVE, UserError, check_ranges, command_line, generator, image_noise, parser_of,
+                    write_json)
 from sample import add_arguments, generate, open_job, reverse_step
 from unet import at
 
@@ -31,9 +32,9 @@ MARGIN = 1.05         # moving the images less than this many times as far as no
 # --------------------------------------------------------------------------------------------- the algorithms
 #
 # One attacked step each. step(x, z=None) -> sample.Reverse is the reverse step from x at this t, z its noise;
-# normal() draws a standard normal tensor like x_t; gradient(L, x) is that of L(x) [B] with respect to x = x_t
-# + delta, the state, as the boxes print it. scale is beyond the paper: the radius in units of sigma(t), 1
-# there. -> x_t^adv, like x_t [B, C, H, W].
+# normal() draws a standard normal tensor like x_t; gradient(L, x) is that of L(x) [B] with respect to the
+# state x = x_t + delta, where the undisturbed state is held constant. scale is beyond the paper: the radius
+# in units of sigma(t), 1 there. -> x_t^adv, like x_t [B, C, H, W].
 
 def fgsm(step, x_t, normal, gradient, phi=1.0, scale=1.0):
     """Algorithm 2: the whole radius along the gradient's sign, taken at a random start beside x_t."""
@@ -131,7 +132,7 @@ def attacked_steps(total, count, where, seed=0):
     per seed).
     """
     if where == "random":
-        return set(torch.randperm(total, generator=torch.Generator().manual_seed(seed))[:count].tolist())
+        return set(torch.randperm(total, generator=generator("attacked steps", seed))[:count].tolist())
     order = {"first": range(total - 1, -1, -1), "last": range(total),
              "spread": [(2 * k + 1) * total // (2 * count) for k in range(count)]}[where]
     return set(order[:count])
@@ -351,41 +352,52 @@ def arguments(argv=None):
     add("--phi", type=float, default=1.0, help="deviation of the random start, in sigma(t) (default 1)")
     add("--iters", type=int, default=20, help="N of Algorithms 3 and 4 (default 20)")
     add("--eot", type=int, default=5, help="e of Algorithm 4: noise draws an iteration (default 5)")
-    add("--stride", type=float, default=2.5, help="step of Algorithms 3 and 4 in units of sigma(t) / N "
-        "(default 2.5, which reaches the ball's surface from anywhere in it; the paper prints 1)")
-    add("--as-printed", action="store_true", help="Algorithms 3 and 4 to the letter: steps of sigma(t) / N, "
-        "which overwrite delta in Algorithm 3, and sqrt(alpha_bar) before delta in Algorithm 4")
+    add("--stride", type=float, help="step of Algorithms 3 and 4 in units of sigma(t) / N (default 2.5, "
+        "which reaches the ball's surface from anywhere in it; the paper prints 1)")
+    add("--as-printed", action="store_true", help="Algorithms 3 and 4 as the boxes print them: steps of "
+        "sigma(t) / N, which overwrite delta in 3, and sqrt(alpha_bar) before delta in 4; not 4's cost, "
+        "which does not depend on the network")
     add("--eps-scale", type=float, default=1.0, help="radius of the ball, in sigma(t) (default 1: paper)")
     args = parser.parse_args(argv)
     check_ranges(args, phi=POSITIVE, iters=(1, 10**6), eot=(1, 10**6), stride=POSITIVE, eps_scale=POSITIVE)
     if args.attack == "eot" and args.sampler == "ddim":
         raise UserError("--attack eot --sampler ddim: DDIM draws no noise to average over; take --attack pgd")
     if args.as_printed and args.attack not in ("pgd", "eot"):
-        raise UserError(f"--as-printed --attack {args.attack}: only pgd and eot are printed otherwise than "
-                        "meant")
+        raise UserError(f"--as-printed --attack {args.attack}: only pgd and eot are printed otherwise")
+    if args.stride and (args.as_printed or args.attack not in ("pgd", "eot")):
+        raise UserError(f"--stride {args.stride}: is for --attack pgd and eot, and not with --as-printed")
     return args
+
+
+def asked_for(args, count):
+    """The attack as the protocol has it: None for what it does not have."""
+    iterated = args.attack in ("pgd", "eot")
+    stride = args.stride or 2.5
+    return dict(name=args.attack, steps_attacked=count, where=args.where, eps_scale=args.eps_scale,
+                phi=args.phi if args.attack != "noise" else None, as_printed=args.as_printed,
+                iters=args.iters if iterated else None, eot=args.eot if args.attack == "eot" else None,
+                stride=stride if iterated and not args.as_printed else None)
 
 
 def main(argv=None):
     """Samples under attack as the command line says."""
     args = arguments(argv)
     job = open_job(args)
-    total, seed = len(job.schedule), args.seed
+    total = len(job.schedule)
     count = attacked_count(args.steps_attacked, total)
-    asked = dict(name=args.attack, steps_attacked=count, where=args.where, phi=args.phi, iters=args.iters,
-                 eot=args.eot, stride=args.stride, as_printed=args.as_printed, eps_scale=args.eps_scale)
-    job.protocol["attack"] = asked
-    chosen = attacked_steps(total, count, args.where, seed)
+    asked = job.protocol["attack"] = asked_for(args, count)
+    chosen = attacked_steps(total, count, args.where, args.seed)
 
     def attack_on(indices):
-        return TrajectoryAttack(asked, chosen, job.model, job.schedule, job.how, indices, seed)
+        return TrajectoryAttack(asked, chosen, job.model, job.schedule, job.how, indices, args.seed)
 
-    measures = generate(job, args.out, attack_on)
-    if measures:                                          # the first process, which has waited for all shards
+    def finish(measures):
         result, file = summary(measures, job.protocol), args.out.with_name(f"{args.out.name}.attack.json")
         write_json(file, dict(samples=args.out.name, **result, protocol=job.protocol))
         print("\n".join(sentences(result, job.protocol)))
         print(f"made {file}; next, how far the images are from the data: python fid.py {args.out} --ref DATA")
+
+    generate(job, args.out, attack_on, finish)
 
 
 if __name__ == "__main__":

@@ -197,9 +197,9 @@ def start_processes(join=True, tf32=True):
     TF32; what is returned says whether it does, for the protocol. UserError where srun has started several
     tasks that do not know of each other.
     """
-    tasks = int(os.environ.get("SLURM_NTASKS", 1))
-    if tasks > 1 and "SLURM_PROCID" in os.environ and "RANK" not in os.environ:
-        raise UserError(f"this is task {os.environ['SLURM_PROCID']} of Slurm's {tasks}, and without RANK and "
+    number, tasks = os.environ.get("SLURM_PROCID", "0"), os.environ.get("SLURM_STEP_NUM_TASKS", "1")
+    if "RANK" not in os.environ and (number != "0" or int(tasks) > 1):         # a batch script is task 0 of 1
+        raise UserError(f"this is task {number} of several that srun has started, and without RANK and "
                         "WORLD_SIZE each of them would work alone: let srun start one torchrun a node, or "
                         "set RANK=0 WORLD_SIZE=1 to work alone")
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))

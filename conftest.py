@@ -1,4 +1,4 @@
-"""What all tests share: the kit on the path, one thread, tiny data, and two processes started once a session."""
+"""What all tests share: the kit on the path, one thread, tiny data, two processes started once a session."""
 
 import json
 import os
@@ -16,14 +16,6 @@ os.environ["OMP_NUM_THREADS"] = "1"                         # of the processes t
 torch.set_num_threads(1)                                    # small tensors: a second thread only waits
 
 
-def run(script, *argv, check=True, timeout=120, **environment):
-    """Runs a script in a process of its own. -> the finished process, with its output as text."""
-    done = subprocess.run([sys.executable, str(HERE / script), *map(str, argv)], capture_output=True, text=True,
-                          timeout=timeout, env=os.environ | environment)
-    assert not check or done.returncode == 0, done.stdout + done.stderr
-    return done
-
-
 @pytest.fixture(scope="session")
 def shapes(tmp_path_factory):
     """A folder with a prepared data set: 64 shapes of 8x8 pixels."""
@@ -37,17 +29,19 @@ def shapes(tmp_path_factory):
 def two_processes(request, tmp_path_factory):
     """Runs what the test files ask of two processes, all of it under one torchrun.
 
-    A test file that needs it has a function two_process_jobs(folder, shapes) -> [(name, script, argv), ...], which
-    may put files into folder. -> folder; results {name: [of rank 0, of rank 1]}, each "ok" or the error's line.
+    A test file that needs it has a function two_process_jobs(folder, shapes) -> [(name, script, argv), ...],
+    which may put files into folder. -> folder; results {name: [of rank 0, of rank 1]}, each "ok" or the
+    error's line.
     """
     folder, jobs = tmp_path_factory.mktemp("two"), []
     for module in dict.fromkeys(item.module for item in request.session.items):
         if hasattr(module, "two_process_jobs"):
             jobs += module.two_process_jobs(folder, request.getfixturevalue("shapes"))
-    (folder / "jobs.json").write_text(json.dumps([(name, script, [*map(str, argv)]) for name, script, argv in jobs]))
+    jobs = [(name, script, [*map(str, argv)]) for name, script, argv in jobs]
+    (folder / "jobs.json").write_text(json.dumps(jobs))
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run([*launch, str(HERE / "tests" / "two_processes.py"), str(folder)], capture_output=True,
-                          text=True, timeout=300)
+    command = [*launch, str(HERE / "tests" / "two_processes.py"), str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     ranks = [json.loads((folder / f"results-{rank}.json").read_text()) for rank in (0, 1)]
     return folder, {name: [each[name] for each in ranks] for name, _, _ in jobs}

@@ -1,5 +1,4 @@
-"""FID and Inception Score, with the kit's own Inception network, and two Frechet distances that need no
-network.
+"""FID and Inception Score, with the kit's own Inception network; two Frechet distances that need no network.
 
     python fid.py samples.npz --ref cifar10                       # FID and IS; cifar10 as prepared by data.py
     torchrun --nproc_per_node 8 fid.py samples.npz --ref cifar10    # the same number from eight processes
@@ -32,8 +31,9 @@ import torch
 import torch.nn.functional as F
 from scipy.linalg import lapack
 
-from common import (Progress, UserError, all_sum, as_bytes, atomic_write, check_ranges, command_line, download, gather,
-                    is_first_process, noise_estimate, parser_of, sha256_of, start_processes, together, write_json)
+from common import (Progress, UserError, all_sum, as_bytes, atomic_write, check_ranges, command_line,
+                    download, gather, is_first_process, noise_estimate, parser_of, sha256_of, start_processes,
+                    together, write_json)
 from data import Images, image_members, open_image
 
 RESIZE = {"inception": "TF1 bilinear to 299", "pixels": "box to 8"}
@@ -56,8 +56,7 @@ class Source(NamedTuple):
 
 
 class Statistics(NamedTuple):
-    """Mean [D] and covariance [D, D] (ddof 1) of the features of `count` images; None if that is not
-    known."""
+    """Mean [D] and covariance [D, D] (ddof 1) of the features of `count` images (None: not known)."""
     label: str
     path: Path
     count: Any
@@ -77,8 +76,7 @@ def reading(label):
 
 
 def open_source(name, size=None, data_dir="data"):
-    """SAMPLES or --ref as a Source or as Statistics; size: of a data set that is given by name. Raises
-    UserError."""
+    """SAMPLES or --ref as a Source or as Statistics, else UserError; size: of a data set given by name."""
     path = Path(name)
     if not path.exists():
         if path.suffix or len(path.parts) != 1:
@@ -89,7 +87,7 @@ def open_source(name, size=None, data_dir="data"):
             raise UserError(f"{name}: no such file or folder, and no prepared data set: {error}") from error
     with reading(path):
         if path.is_dir() or path.suffix in (".zip", ".tar"):
-            return _image_files(path.resolve())             # "." has no name
+            return _folder_or_archive(path.resolve())       # "." has no name
         if path.suffix == ".npy":
             return _array(path, lambda: open(path, "rb"), path.stat().st_size, {})
         if path.suffix == ".npz":
@@ -101,7 +99,8 @@ def open_source(name, size=None, data_dir="data"):
             if "arr_0.npy" not in members:
                 raise UserError(f"{path} holds {', '.join(members) or 'nothing'}; images are expected under "
                                 "arr_0, or statistics under mu and sigma")
-            return _array(path, lambda: zipfile.ZipFile(path).open("arr_0.npy"), members["arr_0.npy"], protocol)
+            length = members["arr_0.npy"]
+            return _array(path, lambda: zipfile.ZipFile(path).open("arr_0.npy"), length, protocol)
     raise UserError(f"{path}: neither an .npz, a .npy, a zip or tar nor a folder of images")
 
 
@@ -128,11 +127,11 @@ def prepared_source(images, data_dir):
 
 
 def _array(path, open_member, length, protocol):
-    """An array [N, H, W, 3] in a file of `length` bytes, read as a stream: an .npz cannot be
-    memory-mapped."""
+    """An array [N, H, W, 3] in a file of `length` bytes, as a stream: an .npz cannot be memory-mapped."""
     with open_member() as file:
         version = np.lib.format.read_magic(file)
-        header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        header = (np.lib.format.read_array_header_1_0 if version == (1, 0)
+                  else np.lib.format.read_array_header_2_0)
         shape, fortran, dtype = header(file)
         offset = file.tell()
     if len(shape) != 4 or shape[3] != 3 or fortran or 0 in shape:
@@ -153,15 +152,15 @@ def _array(path, open_member, length, protocol):
     return Source(path.name, path, shape[0], shape[1:3], dtype, read, lambda: sha256_of(path), protocol)
 
 
-def _image_files(path):
-    """A folder, zip or tar of images, by name. All headers are read first: that is cheap and finds most
-    faults."""
+def _folder_or_archive(path):
+    """A folder, zip or tar of images, by name. All headers are read first: cheap, and finds most faults."""
     names, payload = image_members(path)
 
     def picture(name, decode):
         with reading(f"{path}/{name}"), open_image(payload(name)) as image:
             if image.mode != "RGB" or "transparency" in image.info:
-                raise UserError(f"{path}/{name} is of mode {image.mode}; opaque colour images (RGB) are expected")
+                raise UserError(f"{path}/{name} is of mode {image.mode}; "
+                                "opaque colour images (RGB) are expected")
             return np.asarray(image) if decode else (image.height, image.width)
     size = picture(names[0], False)
     for name in names:
@@ -187,37 +186,37 @@ def _statistics(path):
         mean, covariance = file["mu"].astype(np.float64), file["sigma"].astype(np.float64)
         count = int(file["n"]) if "n" in file else None
     if mean.ndim != 1 or covariance.shape != 2 * mean.shape:
-        raise UserError(f"{path}: mu is {mean.shape} and sigma {covariance.shape}; [D] and [D, D] are expected")
+        raise UserError(f"{path}: mu is {mean.shape} and sigma {covariance.shape}; "
+                        "[D] and [D, D] are expected")
     if not (np.isfinite(mean).all() and np.isfinite(covariance).all() and covariance.diagonal().min() >= 0
             and np.allclose(covariance, covariance.T, rtol=1e-6, atol=1e-9)):
-        raise UserError(f"{path}: mu and sigma are no mean and covariance (not finite, not symmetric or negative)")
+        raise UserError(f"{path}: mu and sigma are no mean and covariance "
+                        "(not finite, not symmetric or negative)")
     return Statistics(path.name, path, count, mean, covariance)
 
 
 def to_bytes(images, label):
-    """uint8 images as they are; float images in [-1, 1] rounded to uint8; UserError for another range and for
-    NaN."""
+    """uint8 images as they are; float images in [-1, 1] as uint8; UserError for another range and for NaN."""
     if images.dtype == np.uint8:
         return images
     low, high = float(images.min()), float(images.max())    # NaN if any value is
     if not np.isfinite([low, high]).all():
         raise UserError(f"{label} holds values that are not finite (NaN or infinity)")
     if low < -1 or high > 1:
-        raise UserError(f"{label} holds float images from {low:.4g} to {high:.4g}: [-1, 1], or uint8, is expected")
+        raise UserError(f"{label} holds float images from {low:.4g} to {high:.4g}: "
+                        "[-1, 1], or uint8, is expected")
     return as_bytes(images)
 
 
 def check_range(source):
-    """Looks at the first images of a Source. UserError where they are neither bytes nor in [-1, 1], but in
-    [0, 1]."""
+    """UserError where the first images of a Source are neither bytes nor in [-1, 1], but in [0, 1]."""
     head = next(source.read(0, min(source.count, 64), 64))
     if to_bytes(head, source.label).min() >= 128 and head.dtype != np.uint8:
         raise UserError(f"{source.label} holds float images, none negative: [-1, 1], or uint8, is expected")
 
 
 def check_pair(samples, reference):
-    """UserError where two Sources cannot be compared: another size, other units, a range that is none of
-    ours."""
+    """UserError where two Sources cannot be compared: other sizes or units, a range that is none of ours."""
     if samples.size != reference.size:
         raise UserError(f"{samples.label} holds images of {samples.size}, {reference.label} of "
                         f"{reference.size} (height, width): choose others, or another --size")
@@ -225,12 +224,12 @@ def check_pair(samples, reference):
         check_range(samples)
         check_range(reference)
     elif samples.dtype.kind != "f":
-        raise UserError(f"{samples.label} holds {samples.dtype}: floats in the units of {reference.label} are expected")
+        raise UserError(f"{samples.label} holds {samples.dtype}: "
+                        f"floats in the units of {reference.label} are expected")
 
 
 def batches(source, batch, process):
-    """Yields (index of the first image, images [B, H, W, 3]) of this process's part of a Source, with
-    progress."""
+    """Yields (index of the first image, images [B, H, W, 3]) of this process's part; shows progress."""
     first, last = (source.count * (process.rank + i) // process.world for i in (0, 1))
     label = source.label if process.world == 1 else f"{source.label}, one of {process.world} parts"
     progress, done = Progress(last - first, "images", label), first
@@ -243,9 +242,12 @@ def batches(source, batch, process):
 
 # -------------------------------------------------------------------------------------- the Inception network
 
-WEIGHTS = dict(sha256="6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2", size=95_628_359, urls=[
-    "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth",
-    "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"])
+WEIGHTS = dict(
+    sha256="6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2", size=95_628_359, urls=[
+        "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
+        "pt_inception-2015-12-05-6726825d.pth",
+        "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/"
+        "weights-inception-2015-12-05-6726825d.pth"])
 
 # A block takes x [B, C, H, W] and layers(x, *chain), which applies one convolution after another, each with
 # batch norm and ReLU: (name in the weights file, channels, height, width, stride). Without height and width
@@ -299,15 +301,15 @@ def _mixed_7(x, layers, pooled):
 
 
 def _network(x, convolution):
-    """x [B, 3, 299, 299] -> [B, 2048, 8, 8]; convolution(x, name, channels, height, width, stride) does the
-    work."""
+    """x [B, 3, 299, 299] -> [B, 2048, 8, 8], by convolution(x, name, channels, height, width, stride)."""
     def block(name):
         def layers(x, *chain):
             for layer, channels, *shape in chain:
                 x = convolution(x, name + layer, channels, *shape)
             return x
         return layers
-    x = block("")(x, ("Conv2d_1a_3x3", 32, 3, 3, 2), ("Conv2d_2a_3x3", 32, 3, 3, 1), ("Conv2d_2b_3x3", 64, 3, 3))
+    x = block("")(x, ("Conv2d_1a_3x3", 32, 3, 3, 2), ("Conv2d_2a_3x3", 32, 3, 3, 1),
+                  ("Conv2d_2b_3x3", 64, 3, 3))
     x = F.max_pool2d(x, 3, 2)                                                                # [B, 64, 73, 73]
     x = block("")(x, ("Conv2d_3b_1x1", 80), ("Conv2d_4a_3x3", 192, 3, 3, 1))
     x = F.max_pool2d(x, 3, 2)                                                               # [B, 192, 35, 35]
@@ -327,8 +329,7 @@ def _convolve(x, weight, bias, stride):
 
 
 def inception_shapes():
-    """The state dict that the network takes, name -> shape (the published file holds `num_batches_tracked` as
-    well)."""
+    """The state dict that the network takes, name -> shape (`num_batches_tracked` is left out)."""
     shapes = {}
 
     def convolution(x, name, channels, height=1, width=1, stride=None):
@@ -342,8 +343,8 @@ def inception_shapes():
 
 @functools.cache
 def _interpolation(n, device, size=299):
-    """TF1's bilinear interpolation from n to `size` points as a matrix [size, n]: source = destination * n /
-    size."""
+    """TF1's bilinear interpolation from n to `size` points, where source = destination * n / size, as a
+    matrix [size, n]."""
     source = torch.arange(size, dtype=torch.float32) * (torch.tensor(float(n)) / size)
     low = source.floor().long()
     upper, rows, matrix = source - low, torch.arange(size), torch.zeros(size, n)
@@ -353,8 +354,8 @@ def _interpolation(n, device, size=299):
 
 
 class Inception:
-    """The Inception network of FID: uint8 images [B, H, W, 3] -> features [B, 2048], logits without bias [B,
-    1008].
+    """The Inception network of FID: uint8 images [B, H, W, 3] -> features [B, 2048] and logits [B, 1008]
+    without bias.
 
     state: a state dict with exactly the names and shapes of `inception_shapes()` (`num_batches_tracked`
     beside them is ignored), else UserError, which calls it `label`. In float32 (see `start_processes`),
@@ -452,8 +453,8 @@ def _root(covariance):
 
 
 def frechet_distance(mean_1, covariance_1, mean_2, covariance_2):
-    """|mean_1 - mean_2|^2 + tr(S_1 + S_2 - 2 (S_1 S_2)^(1/2)) of two Gaussians: mean [D], covariance S [D,
-    D].
+    """|mean_1 - mean_2|^2 + tr(S_1 + S_2 - 2 (S_1 S_2)^(1/2)) of two Gaussians: mean [D], covariance
+    S [D, D].
 
     With S = L L^T, the trace of the square root is the sum of the singular values of L_1^T L_2. Their squares
     are the eigenvalues of L_1^T S_2 L_1, which take half the time but cost the smallest ones digits: if that
@@ -473,8 +474,7 @@ def frechet_distance(mean_1, covariance_1, mean_2, covariance_2):
 
 
 class Score:
-    """The Inception Score (Salimans et al. 2016) of `count` images in `splits` consecutive splits, in
-    float64."""
+    """The Inception Score (Salimans et al. 2016) of `count` images in consecutive splits, in float64."""
 
     def __init__(self, count, splits, device="cpu"):
         self.ends = torch.tensor([(i + 1) * count // splits for i in range(splits)], device=device)
@@ -489,8 +489,7 @@ class Score:
         self.sums.index_add_(0, split, torch.cat([(p * log_p).sum(1, keepdim=True), p], 1))
 
     def total(self):
-        """-> mean and standard deviation over the splits (ddof 0), of all processes; every process must call
-        it."""
+        """-> mean and standard deviation (ddof 0) over the splits; every process must call it."""
         average = all_sum(self.sums) / self.ends.diff(prepend=self.ends.new_zeros(1))[:, None]
         entropy = torch.special.entr(average[:, 1:]).sum(1)                                  # of the marginal
         scores = (average[:, 0] + entropy).exp()
@@ -498,8 +497,7 @@ class Score:
 
 
 def pixel_features(images):
-    """uint8 images [B, H, W, 3] -> their 8 x 8 box averages in [-1, 1], float64 [B, 192]; H, W multiples of
-    8."""
+    """uint8 images [B, H, W, 3], H and W multiples of 8 -> 8 x 8 box means in [-1, 1], float64 [B, 192]."""
     x = torch.as_tensor(images).double() / 127.5 - 1
     return x.unflatten(2, (8, -1)).unflatten(1, (8, -1)).mean((2, 4)).flatten(1)
 
@@ -509,8 +507,7 @@ def pixel_features(images):
 def measure(source, extract, features, process, batch, splits=0):
     """Of a Source, given extract(uint8 [B, H, W, 3]) -> features, logits:
 
-    its Statistics; the IS as (mean, deviation), or None; the mean `noise_estimate` of its images, in [-1, 1]
-    units.
+    its Statistics; the IS as (mean, deviation), or None; the mean `noise_estimate`, in [-1, 1] units.
     """
     moments = Moments(DIMENSIONS[features], process.device)
     noise = torch.zeros((), dtype=torch.float64, device=process.device)
@@ -531,20 +528,20 @@ def measure(source, extract, features, process, batch, splits=0):
 
 
 def measure_subspace(source, truth, process, batch):
-    """How far samples are from a known Gaussian x = mu + (a * scale) @ U, a ~ N(0, 1), U [k, D] (Fig. 3), as
-    a dict.
+    """How far samples are from a known Gaussian x = mu + (a * scale) @ U, a ~ N(0, 1), U [k, D] (Fig. 3).
 
     The Frechet distance to it falls into a part inside the subspace, that of the coefficients, and a part
     outside, where the Gaussian has no variance. rho = |x - mu - U^T U (x - mu)|: mean and percentiles. PSNR
     of x against its projection: of the mean squared error, peak 2 (the width of [-1, 1]). variance_kept:
-    inside, found/true."""
+    inside, found/true. Returns a dict."""
     moments, outside = Moments(len(truth["scale"])), torch.zeros(len(truth["mean"]), dtype=torch.float64)
     true = truth["scale"] ** 2
     rho = [np.zeros(0)]                                     # 8 bytes an image, for the percentiles
 
     def work():
         for _, images in batches(source, batch, process):
-            x = images.transpose(0, 3, 1, 2).reshape(len(images), -1).astype(np.float64) - truth["mean"]        # [B, D]
+            x = images.transpose(0, 3, 1, 2).reshape(len(images), -1)                                 # [B, D]
+            x = x.astype(np.float64) - truth["mean"]
             if not np.isfinite(x).all():
                 raise UserError(f"{source.label} holds values that are not finite (NaN or infinity)")
             a = x @ truth["components"].T                                                             # [B, k]
@@ -573,11 +570,9 @@ def hash_of(facts):
 
 
 def cached(source, name, facts, compute):
-    """-> compute(), a dict of arrays of a Source, from a file beside the source if it is there; whether it
-    was.
+    """-> compute(), a dict of arrays of a Source, from a file beside the source if it is there; if it was.
 
-    The file's name changes with all that the arrays depend on: the images, name and facts (a list of
-    strings)."""
+    The file's name changes with all that the arrays depend on: the images, name and facts (strings)."""
     cache = source.path.with_name(f"{source.label}.{name}-{hash_of([source.key(), name, *facts])}.npz")
 
     def load():
@@ -613,8 +608,7 @@ def told(protocol):
 
 
 def publish(result, path, line):
-    """Writes a result, which holds its warnings, as JSON and prints it as one line; what else is to say, to
-    stderr."""
+    """Writes a result, which holds its warnings, as JSON and prints `line`; all else goes to stderr."""
     write_json(path, result)
     for warning in result["warnings"]:
         print(f"warning: {warning}", file=sys.stderr)
@@ -625,8 +619,7 @@ def publish(result, path, line):
 # ------------------------------------------------------------------------------------------- the command line
 
 def load_inception(path, data_dir, device):
-    """-> Inception, sha256 of its weights; path None: the published ones, downloaded by one process per
-    machine."""
+    """-> Inception, sha256 of its weights; path None: the published ones, downloaded once per machine."""
     target = Path(path or Path(data_dir) / "pt_inception-2015-12-05-6726825d.pth")
 
     def fetch():
@@ -661,42 +654,52 @@ def arguments(argv):
     """The command line, parsed."""
     parser = parser_of(__doc__)
     parser.add_argument("samples", metavar="SAMPLES", nargs="+",
-                        help="the images to judge: file, folder or name, see above; several are judged one by one")
-    parser.add_argument("--ref", required=True, help="the images to compare with, or their statistics: the same choice")
+                        help="the images to judge: file, folder or name, see above; "
+                        "several are judged one by one")
+    parser.add_argument("--ref", required=True,
+                        help="the images to compare with, or their statistics: the same choice")
     parser.add_argument("--features", choices=["inception", "pixels"],
-                        help="what the distance is measured on (default inception; no choice for subspace data)")
-    parser.add_argument("--weights", help="file with Inception weights (default: the published ones, downloaded once)")
+                        help="what the distance is measured on "
+                        "(default inception; no choice for subspace data)")
+    parser.add_argument("--weights",
+                        help="file with Inception weights (default: the published ones, downloaded once)")
     parser.add_argument("--batch", type=int, default=32, help="images at a time, per process (default 32)")
     parser.add_argument("--splits", type=int, default=10, help="splits of the Inception Score (default 10)")
-    parser.add_argument("--size", type=int, help="of a data set given by name (default: as SAMPLES, or the paper's)")
-    parser.add_argument("--data-dir", default="data", help="folder of prepared data sets and weights (default data)")
+    parser.add_argument("--size", type=int,
+                        help="of a data set given by name (default: as SAMPLES, or the paper's)")
+    parser.add_argument("--data-dir", default="data",
+                        help="folder of prepared data sets and weights (default data)")
     parser.add_argument("--out", type=Path, help="the result as JSON (default: beside SAMPLES as "
                         "SAMPLES.fid.json, .fd-inception.json, .fd-pixels.json or .fd-exact.json)")
     args = parser.parse_args(argv)
     if args.out and len(args.samples) > 1:
-        raise UserError(f"--out {args.out}: is the result of one SAMPLES; {len(args.samples)} are given, leave it out")
+        raise UserError(f"--out {args.out}: is the result of one SAMPLES; "
+                        f"{len(args.samples)} are given, leave it out")
     check_ranges(args, batch=(1, math.inf), splits=(1, math.inf), size=(1, math.inf))
     return args
 
 
 def open_pair(path, args):
-    """-> the SAMPLES at path, args.ref, what they are compared on, warnings; UserError, before any work,
-    where that cannot be."""
+    """-> the SAMPLES at path, args.ref, what they are compared on, warnings.
+
+    UserError, before any work, where they cannot be compared."""
     samples = open_source(path, args.size, args.data_dir)
     size = args.size or (samples.size[0] if isinstance(samples, Source) else None)
     reference = open_source(args.ref, size, args.data_dir)
     features, warnings = args.features or "inception", []
     if isinstance(reference, Source) and reference.truth:
         if args.features:
-            raise UserError(f"--features {args.features}: not with {reference.label}, a known Gaussian (FD-exact)")
+            raise UserError(f"--features {args.features}: not with {reference.label}, "
+                            "a known Gaussian (FD-exact)")
         features = "exact"
     sources = [source for source in (samples, reference) if isinstance(source, Source)]
     for source in (samples, reference):
         if source.count is not None and source.count < 2:
             raise UserError(f"{source.label} holds {source.count} image: a covariance takes at least 2")
         if isinstance(source, Statistics) and len(source.mean) != DIMENSIONS.get(features):
+            choice = "the exact distance" if features == "exact" else f"--features {features}"
             raise UserError(f"{source.label} holds statistics of {len(source.mean)} features, which do not "
-                            f"go with {'the exact distance' if features == 'exact' else '--features ' + features}")
+                            f"go with {choice}")
     if len(sources) == 2:
         check_pair(samples, reference)
     elif sources:
@@ -706,9 +709,10 @@ def open_pair(path, args):
     for source in sources if features in DIMENSIONS else ():
         if features == "pixels" and (source.size[0] % 8 or source.size[1] % 8):
             raise UserError(f"--features pixels: {source.size}, of {source.label}, are not multiples of 8")
-        warnings += [f"{source.label}: {source.count:,} images are fewer than {limit:,}, {effect}" for limit, effect
-                     in ((DIMENSIONS[features], "the covariance of their features is singular"),
-                         (10_000, "the distance comes out too large")) if source.count < limit]
+        limits = ((DIMENSIONS[features], "the covariance of their features is singular"),
+                  (10_000, "the distance comes out too large"))
+        warnings += [f"{source.label}: {source.count:,} images are fewer than {limit:,}, {effect}"
+                     for limit, effect in limits if source.count < limit]
     return samples, reference, features, warnings
 
 
@@ -719,8 +723,8 @@ def describe(result):
         text.append(f"IS {result['is_mean']:.5g} \u00b1 {result['is_std']:.2g} ({result['splits']} splits)")
     if "rho_mean" in result:
         percentiles = " ".join(f"{value:.4g}" for value in result["rho_percentiles"].values())
-        text += [f"rho {result['rho_mean']:.4g} (5/25/50/75/95 %: {percentiles})", f"PSNR {result['psnr']:.4g} dB",
-                 f"variance kept {result['variance_kept']:.4g}"]
+        text += [f"rho {result['rho_mean']:.4g} (5/25/50/75/95 %: {percentiles})",
+                 f"PSNR {result['psnr']:.4g} dB", f"variance kept {result['variance_kept']:.4g}"]
     if "noise_mean" in result:
         text.append(f"noise estimate {result['noise_mean']:.4g}")
     text += [f"N {result['n'] or '?'} of {result['samples']}", *told(result["protocol"]),
@@ -753,11 +757,12 @@ def evaluate(path, args, process, inception):
                 result["metric"] = "FID"
             else:
                 result["weights"] += " (not the published ones: not to be called FID)"
-        target, found = reference_statistics(reference, extract, features, weights, process, args.batch), samples
-        began = time.perf_counter()
+        target = reference_statistics(reference, extract, features, weights, process, args.batch)
+        found, began = samples, time.perf_counter()
         if isinstance(samples, Source):
             splits = args.splits if features == "inception" else 0
-            found, score, result["noise_mean"] = measure(samples, extract, features, process, args.batch, splits)
+            found, score, noise = measure(samples, extract, features, process, args.batch, splits)
+            result["noise_mean"] = noise
             if score:
                 result.update(is_mean=score[0], is_std=score[1], splits=splits)
         if process.rank == 0:
@@ -779,8 +784,7 @@ def main(argv=None):
         try:
             evaluate(path, args, process, inception)
         except UserError as error:
-            # Of several, the others are still judged. With several processes one may be waiting for this one:
-            # end.
+            # Of several, the others are still judged. Of several processes one may wait for this one: end.
             if len(args.samples) == 1 or process.world > 1:
                 raise
             print(f"fid.py: error: {error}", file=sys.stderr)

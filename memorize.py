@@ -1,9 +1,9 @@
 """Does a model repeat its training images? Section 3.2 and Fig. 6 (left).
 
-    python memorize.py samples.npz --data cifar10                     # DINOv2 ViT-B/14, fetched once (346 MB)
-    python memorize.py samples.npz --data cifar10 --weights dinov2_vitb14_pretrain.pth --hub-dir dinov2   # no network
-    python memorize.py samples.npz --data cifar10 --features pixels     # not DINOv2: finds copies, needs no weights
-    python memorize.py cifar10-test --data cifar10                   # what images give that no model has made
+    python memorize.py s.npz --data cifar10                       # DINOv2 ViT-B/14, fetched once (346 MB)
+    python memorize.py s.npz --data cifar10 --weights dinov2_vitb14_pretrain.pth --hub-dir dinov2 # no network
+    python memorize.py s.npz --data cifar10 --features pixels     # not DINOv2: finds copies, needs no weights
+    python memorize.py cifar10-test --data cifar10                # what images give that no model has made
 
 The similarity of an image is the cosine between its features and those of its nearest training image, of all
 of them. The yardstick is the same for the training images, each with the nearest OTHER one. The paper reads
@@ -28,15 +28,18 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from common import (Progress, UserError, as_bytes, check_ranges, command_line, download, parser_of, save_grid, sha256_of,
-                    start_processes)
+from common import (Progress, UserError, as_bytes, check_ranges, command_line, download, parser_of, save_grid,
+                    sha256_of, start_processes)
 from data import Images
-from fid import Source, batches, cached, check_pair, fact, hash_of, open_source, prepared_source, publish, to_bytes, told
+from fid import (Source, batches, cached, check_pair, fact, hash_of, open_source, prepared_source, publish,
+                 to_bytes, told)
 
 REPOSITORY, REVISION = "facebookresearch/dinov2", "e1277af2ba9496fbadf7aec6eba56e8d882d1e35"
 WEIGHTS = {
-    "dinov2_vitb14": dict(sha256="0b8b82f85de91b424aded121c7e1dcc2b7bc6d0adeea651bf73a13307fad8c73", size=346_378_731),
-    "dinov2_vits14": dict(sha256="b938bf1bc15cd2ec0feacfe3a1bb553fe8ea9ca46a7e1d8d00217f29aef60cd9", size=88_283_115),
+    "dinov2_vitb14": dict(sha256="0b8b82f85de91b424aded121c7e1dcc2b7bc6d0adeea651bf73a13307fad8c73",
+                          size=346_378_731),
+    "dinov2_vits14": dict(sha256="b938bf1bc15cd2ec0feacfe3a1bb553fe8ea9ca46a7e1d8d00217f29aef60cd9",
+                          size=88_283_115),
 }
 SAME = 0.9                              # section 3.2: from here on it is roughly the same image
 EDGES = np.linspace(-1, 1, 101).round(2)                # of the histogram's bins; 0.9 is one of them
@@ -51,13 +54,13 @@ def dino_input(images, device="cpu"):
     """uint8 [B, H, W, 3] -> float32 [B, 3, 224, 224]: antialiased bicubic, ImageNet's mean and deviation."""
     x = torch.as_tensor(images).to(device).permute(0, 3, 1, 2).float()
     x = F.interpolate(x, (224, 224), mode="bicubic", antialias=True).clamp(0, 255) / 255  # bicubic overshoots
-    mean, deviation = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]], device=device)[..., None, None]
+    imagenet = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]], device=device)
+    mean, deviation = imagenet[..., None, None]
     return (x - mean) / deviation
 
 
 def load_dino(name, weights, hub_dir, data_dir, device):
-    """-> extract(images [B, H, W, 3], label) -> CLS tokens, float32 [B, D]; and what identifies the code that
-    runs.
+    """-> extract(images [B, H, W, 3], label) -> CLS tokens, float32 [B, D]; and what identifies the code run.
 
     name: a key of WEIGHTS. weights, hub_dir: the weights file and the repository's folder, or None to fetch
     them. Raises UserError: neither there nor to be had, or not the published weights, or code that does not
@@ -71,7 +74,8 @@ def load_dino(name, weights, hub_dir, data_dir, device):
     if weights and not Path(weights).is_file():
         raise UserError(f"--weights {weights}: no such file; {url} is it")
     if weights and (found := sha256_of(weights)) != WEIGHTS[name]["sha256"]:
-        raise UserError(f"--weights {weights}: its sha256 is {found}, not {WEIGHTS[name]['sha256']}, that of {url}")
+        raise UserError(f"--weights {weights}: its sha256 is {found}, "
+                        f"not {WEIGHTS[name]['sha256']}, that of {url}")
     if not weights:
         try:
             weights = download(urls=[url], path=Path(data_dir) / f"{name}_pretrain.pth", **WEIGHTS[name])
@@ -82,8 +86,8 @@ def load_dino(name, weights, hub_dir, data_dir, device):
     try:
         with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings():
             warnings.simplefilter("ignore")                 # it warns that there is no xformers
-            # torch.hub's own validation knows heads of branches only; a full hash names one content, whoever
-            # serves it.
+            # torch.hub's own validation knows heads of branches only; a full hash names one content,
+            # whoever serves it.
             model = torch.hub.load(str(where), name, source="local" if hub_dir else "github", trust_repo=True,
                                    skip_validation=True, verbose=False, pretrained=False)
         model.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True), strict=True)
@@ -98,22 +102,26 @@ def load_dino(name, weights, hub_dir, data_dir, device):
 
 
 def centred_pixels(reference, batch):
-    """-> extract(images [B, H, W, 3], label) -> float32 [B, D]: their pixels minus the mean training
-    image."""
-    mean = sum(x.sum(0, dtype=np.float64) for x in reference.read(0, reference.count, batch)) / reference.count
+    """-> extract(images [B, H, W, 3], label) -> float32 [B, D]: their pixels minus the mean of training."""
+    every = reference.read(0, reference.count, batch)
+    mean = sum(x.sum(0, dtype=np.float64) for x in every) / reference.count
     convert = (lambda images, label: images) if reference.truth else to_bytes     # subspace: in its own units
-    return lambda images, label: torch.from_numpy((convert(images, label) - mean).astype(np.float32)).flatten(1)
+
+    def extract(images, label):
+        x = convert(images, label) - mean
+        return torch.from_numpy(x.astype(np.float32)).flatten(1)
+    return extract
 
 
 @torch.inference_mode()
 def features_of(source, extract, batch, process):
-    """The features of all images of a Source, float32 [N, D], each of length 1. Raises UserError if not
-    finite."""
+    """The features of all images of a Source, float32 [N, D], each of length 1; UserError if not finite."""
     features = None
     for first, images in batches(source, batch, process):
         x = extract(images, source.label)
         if not x.isfinite().all():
-            raise UserError(f"{source.label}: images or features hold values that are not finite (NaN or infinity)")
+            raise UserError(f"{source.label}: images or features hold values that are not finite "
+                            "(NaN or infinity)")
         if features is None:
             features = torch.empty(source.count, x.shape[1])
         features[first:first + len(x)] = F.normalize(x, dim=1)
@@ -130,10 +138,12 @@ def nearest(queries, references, device="cpu", itself=False, block=BLOCK):
     itself: the two are the same set, and a row is not its own neighbour.
     """
     similarity, index = torch.empty(len(queries)), torch.empty(len(queries), dtype=torch.int64)
-    progress = Progress(len(queries), "images", "nearest other training image" if itself else "nearest training image")
+    label = "nearest other training image" if itself else "nearest training image"
+    progress = Progress(len(queries), "images", label)
     for i in range(0, len(queries), block):
         x = queries[i:i + block].to(device)
-        best, place = torch.full((len(x),), -2.0, device=device), torch.zeros(len(x), dtype=torch.int64, device=device)
+        best = torch.full((len(x),), -2.0, device=device)
+        place = torch.zeros(len(x), dtype=torch.int64, device=device)
         for j in range(0, len(references), block):
             cosine = x @ references[j:j + block].to(device).T                   # [block, block]
             if itself and i == j:
@@ -148,19 +158,16 @@ def nearest(queries, references, device="cpu", itself=False, block=BLOCK):
 
 
 def summary(similarity):
-    """Similarities [N] -> their mean, 75th, 90th and 95th percentile, and the share of them that is at least
-    SAME."""
+    """Similarities [N] -> their mean, 75th, 90th and 95th percentile, and the share that is at least SAME."""
     s = np.asarray(similarity, dtype=np.float64)
     percentiles = {f"p{q}": float(np.percentile(s, q)) for q in (75, 90, 95)}
     return {"mean": float(s.mean()), **percentiles, "share": float((s >= SAME).mean())}
 
 
 def training_set(reference, extract, name, facts, batch, process):
-    """-> features of the training images [M, D], their similarities to the nearest other one [M], whether
-    from a file.
+    """-> features of the training images [M, D], similarities to the nearest other one [M], if from a file.
 
-    name: of the features; facts: all else that they depend on beside the images. Pixels are not worth
-    keeping.
+    name: of the features; facts: all else that they depend on beside the images. Pixels are not kept.
     """
     features = None
 
@@ -168,7 +175,8 @@ def training_set(reference, extract, name, facts, batch, process):
         nonlocal features
         features = features_of(reference, extract, batch, process)
         similarity, _ = nearest(features, features, process.device, itself=True)
-        return dict(similarity=similarity.numpy(), features=features[:0 if name == "pixels" else None].numpy())
+        kept = features[:0] if name == "pixels" else features
+        return dict(similarity=similarity.numpy(), features=kept.numpy())
     arrays, found = cached(reference, f"memorize-{name}", [*facts, sha256_of(__file__)], compute)
     if found and len(arrays["features"]):
         features = torch.from_numpy(arrays["features"])
@@ -187,11 +195,14 @@ def arguments(argv):
     parser.add_argument("--data", required=True, help="the training images: a data set prepared by data.py")
     parser.add_argument("--features", choices=[*WEIGHTS, "pixels"], default="dinov2_vitb14",
                         help="what is compared (default dinov2_vitb14; pixels is not DINOv2)")
-    parser.add_argument("--weights", help="file with DINOv2's weights, NAME_pretrain.pth (default: downloaded once)")
+    parser.add_argument("--weights",
+                        help="file with DINOv2's weights, NAME_pretrain.pth (default: downloaded once)")
     parser.add_argument("--hub-dir", help=f"folder with a copy of github.com/{REPOSITORY}, whose code is "
                         f"then run (default: torch.hub fetches and RUNS revision {REVISION[:12]})")
-    parser.add_argument("--size", type=int, help="of data sets given by name (default: as SAMPLES, or the paper's)")
-    parser.add_argument("--data-dir", default="data", help="folder of prepared data sets and weights (default data)")
+    parser.add_argument("--size", type=int,
+                        help="of data sets given by name (default: as SAMPLES, or the paper's)")
+    parser.add_argument("--data-dir", default="data",
+                        help="folder of prepared data sets and weights (default data)")
     parser.add_argument("--batch", type=int, default=64, help="images at a time (default 64)")
     parser.add_argument("--out", type=Path, help="the result as JSON, the picture beside it as .png "
                         "(default: beside SAMPLES as SAMPLES.memorize.json)")
@@ -205,28 +216,29 @@ def arguments(argv):
 
 
 def open_both(args):
-    """-> samples and training images, each a Source; refuses as UserError what can be refused before any
-    work."""
+    """-> samples and training images, each a Source; UserError for what can be refused before any work."""
     samples = open_source(args.samples, args.size, args.data_dir)
     if not isinstance(samples, Source):
         raise UserError(f"{samples.label} holds statistics; images are expected")
     reference = prepared_source(Images(args.data, args.size or samples.size[0], args.data_dir), args.data_dir)
     check_pair(samples, reference)
     if reference.count < 2:
-        raise UserError(f"{reference.label} holds {reference.count} image: the nearest other one takes at least 2")
+        raise UserError(f"{reference.label} holds {reference.count} image: "
+                        "the nearest other one takes at least 2")
     if reference.truth and args.features != "pixels":
-        raise UserError(f"--features {args.features} is for images; the floats of {reference.label} take pixels")
+        raise UserError(f"--features {args.features} is for images; "
+                        f"the floats of {reference.label} take pixels")
     needed = 4 * (samples.count + reference.count) * 3 * math.prod(samples.size)
     if args.features == "pixels" and needed > MAX_BYTES:
-        raise UserError(f"--features pixels: {needed / 1e9:.0f} GB of them, more than the {MAX_BYTES / 1e9:.0f} "
-                        f"kept in memory; {' and '.join(WEIGHTS)} are smaller")
+        raise UserError(f"--features pixels: {needed / 1e9:.0f} GB of them, more than the "
+                        f"{MAX_BYTES / 1e9:.0f} kept in memory; {' and '.join(WEIGHTS)} are smaller")
     return samples, reference
 
 
 def closest_pairs(samples, reference, pairs):
-    """Pairs of indices -> uint8 [2 * pairs, H, W, 3]: generated, its nearest training image, the next
-    generated, ..."""
-    images = [next(source.read(i, i + 1, 1))[0] for pair in pairs for source, i in zip((samples, reference), pair)]
+    """Pairs of indices -> uint8 [2 * pairs, H, W, 3]: generated, its nearest training image, the next, ..."""
+    images = [next(source.read(i, i + 1, 1))[0]
+              for pair in pairs for source, i in zip((samples, reference), pair)]
     return np.stack([x if x.dtype == np.uint8 else as_bytes(x) for x in images])
 
 
@@ -252,7 +264,8 @@ def main(argv=None):
     else:
         name, weights = args.features, WEIGHTS[args.features]["sha256"]
         extract, code = load_dino(name, args.weights, args.hub_dir, args.data_dir, process.device)
-    trained, yardstick, found = training_set(reference, extract, args.features, [weights, code], args.batch, process)
+    trained, yardstick, found = training_set(reference, extract, args.features, [weights, code], args.batch,
+                                             process)
     similarity, index = nearest(features_of(samples, extract, args.batch, process), trained, process.device)
     closest = similarity.argsort(descending=True, stable=True)[:PAIRS].tolist()
     pairs = [(i, int(index[i])) for i in closest]
@@ -261,15 +274,16 @@ def main(argv=None):
     if trained_on not in (None, "?", args.data):            # ? is a public checkpoint's
         remarks.append(f"{samples.label}: the model was trained on {trained_on}")
     result = dict(
-        metric="memorisation", features=name, weights=weights, code=code, samples=samples.label, n=samples.count,
-        reference=reference.label, n_train=reference.count, threshold=SAME,
+        metric="memorisation", features=name, weights=weights, code=code, samples=samples.label,
+        n=samples.count, reference=reference.label, n_train=reference.count, threshold=SAME,
         generated=summary(similarity), train=summary(yardstick),
         histogram=dict(edges=EDGES.tolist(), generated=np.histogram(similarity, EDGES)[0].tolist(),
                        train=np.histogram(yardstick, EDGES)[0].tolist()),
         closest=[[i, j, float(similarity[i])] for i, j in pairs], protocol=samples.protocol, warnings=remarks,
         device=process.device.type, train_from_cache=found, seconds=time.perf_counter() - began)
     out = args.out or samples.path.with_name(f"{samples.label}.memorize.json")
-    save_grid(closest_pairs(samples, reference, pairs), out.with_suffix(".png"), columns=min(8, 2 * len(pairs)))
+    images = closest_pairs(samples, reference, pairs)
+    save_grid(images, out.with_suffix(".png"), columns=min(8, 2 * len(pairs)))
     publish(result, out, describe(result))
 
 

@@ -33,7 +33,7 @@ quick() {
     # So short a training needs --balance: FD-exact is ten times larger without, high noise levels not learnt yet.
     TRAIN="--preset small --mult 1 --batch 32 --lr 2e-3 --ema 0.99 --balance --sample-every 150"
     SAMPLE="--batch 256" ATTACK="--iters 5 --eot 2" FEATURES="--features pixels" METRIC=fd-pixels
-    TOY="" TOY_SWEEP="--seeds 1"
+    TOY="" TOY_SWEEP="--seeds 1" LARGE_TRAIN="" LARGE_SAMPLE=""
     ABOUT="4x4 subspace data, $STEPS steps a model: about 30 minutes on two slow cores, price two hours more"
 }
 
@@ -43,7 +43,8 @@ paper() {
     FIG7_NOISES="0:0 0.9:0.1 0.9:0.2" TABLE4=celeba SUBSPACE_IMAGES=butterflies SIZE=""
     SEEDS=0 STEPS=500000 TUNE=158300 FULL=1000 DDIM=250 N=50000 N_ATTACK=50000 ATTACK_STEPS=1000
     TRAIN="--sample-every 50000" SAMPLE="--batch 500" ATTACK="" FEATURES="" METRIC=fid TOY="" TOY_SWEEP=""
-    ABOUT="$STEPS steps a model: every training prints its own estimate in its first minute"
+    LARGE_TRAIN="--microbatch 4" LARGE_SAMPLE="--batch 64"  # 256x256 images do not fit a GPU of 80 GB otherwise
+    ABOUT="$STEPS steps a model: every training shows the time that it needs"
 }
 
 # The paper's commands with what makes them short appended: the last of two equal flags counts.
@@ -51,7 +52,8 @@ dry() {
     paper
     ROOT=runs/dry DATA=runs/dry/data SIZE=16 STEPS=2 TUNE=1 N=2 N_ATTACK=2
     TRAIN="--sample-every 50000 --channels 32 --res-blocks 1 --mult 1,1 --attn 8 --heads 2 --timesteps 25"
-    TRAIN="$TRAIN --batch $((4 * GPUS_PER_MODEL))" SAMPLE="--batch 500 --steps 2" ATTACK="--iters 2 --eot 2"
+    TRAIN="$TRAIN --batch $((4 * GPUS_PER_MODEL))" SAMPLE="--batch 500 --steps 2" LARGE_SAMPLE="--batch 64 --steps 2"
+    ATTACK="--iters 2 --eot 2"
     FEATURES="--features pixels" METRIC=fd-pixels TOY="--steps 2 --seeds 1 --num-samples 64" TOY_SWEEP=$TOY
     ABOUT="two steps a model"
     export CIFAR10=$ROOT/images CELEBA=$ROOT/images LSUN_BEDROOM=$ROOT/images IMAGENET64=$ROOT/images
@@ -183,7 +185,7 @@ training() {
     CHAIN=${AFTER:-$RUN}
     prepare "$1"
     TRAINING="$LAUNCH train.py --data $1 --size $(size "$1") --data-dir $DATA --method $2 --p $3 --sigma $4"
-    TRAINING="$TRAINING --steps $STEPS $TRAIN ${TRAIN_FLAGS:-} ${*:6} --out $RUN"
+    TRAINING="$TRAINING --steps $STEPS $TRAIN $(large "$LARGE_TRAIN" "") ${TRAIN_FLAGS:-} ${*:6} --out $RUN"
 }
 
 # prepare DATA: every chain begins with it; the first one at it does the work.
@@ -207,6 +209,9 @@ size() {
     esac
 }
 
+# large FLAGS OTHERS: the flags for data of large images, or the others
+large() { if [ "$OF" = lsun_bedroom ]; then echo "$1"; else echo "$2"; fi; }
+
 # model, as training: trains it.
 model() { training "$@"; stage "$RUN/samples-$(printf %08d "$STEPS").png" $TRAINING; }
 
@@ -216,7 +221,7 @@ benchmark() { stage "$RUN/benchmark.json" $TRAINING --benchmark; }
 # sampled NAME TARGET SCRIPT [flags]: samples of the model as NAME.npz
 sampled() {
     SAMPLES="$SAMPLES $RUN/$1.npz"
-    stage "$RUN/$2" $LAUNCH "$3" "$RUN" "${@:4}" $SAMPLE --out "$RUN/$1.npz"
+    stage "$RUN/$2" $LAUNCH "$3" "$RUN" "${@:4}" $(large "$LARGE_SAMPLE" "$SAMPLE") --out "$RUN/$1.npz"
 }
 
 # samples SAMPLER STEPS

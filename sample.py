@@ -26,6 +26,7 @@ from common import (POSITIVE, Progress, UserError, as_bytes, atomic_write, check
                     image_noise, noise_estimate, parser_of, save_grid, sha256_of, start_processes)
 from unet import at, expand, in_bfloat16, load_model
 
+PATIENCE = 600          # seconds that a process waits for the first one to begin
 
 # -------------------------------------------------------------------------------------------------- the steps
 
@@ -106,9 +107,9 @@ def add_arguments(parser):
     add("--out", type=Path, default=Path("samples.npz"), help="the .npz to write (default samples.npz)")
     public = parser.add_argument_group("what a public state dict does not say, and a checkpoint of ours does")
     public.add_argument("--size", type=int, help="image size")
-    public.add_argument("--heads", type=int, default=4, help="attention heads (default 4)")
-    public.add_argument("--schedule", choices=["linear", "cosine"], default="linear", help="noise schedule")
-    public.add_argument("--timesteps", type=int, default=1000, help="T (default 1000)")
+    public.add_argument("--heads", type=int, help="attention heads (default 4)")
+    public.add_argument("--schedule", choices=["linear", "cosine"], help="noise schedule (default linear)")
+    public.add_argument("--timesteps", type=int, help="T (default 1000)")
 
 
 def open_job(args):
@@ -117,7 +118,8 @@ def open_job(args):
     -> process; model, schedule (of the steps taken) and how (sampler, variance, clamp) on its device;
     protocol, the whole story of the images as plain values. Raises UserError where a flag does not fit.
     """
-    check_ranges(args, num_samples=(1, 10**9), batch=(1, 10**6), size=POSITIVE, heads=POSITIVE)
+    check_ranges(args, num_samples=(1, 10**9), batch=(1, 10**6), size=POSITIVE, heads=POSITIVE,
+                 steps=(2, 10**6), timesteps=(2, 10**6))
     if args.out.suffix != ".npz":
         raise UserError(f"--out {args.out}: the name must end in .npz")
     process = start_processes(join=False)                   # shards need no collective: nothing can time out
@@ -144,16 +146,23 @@ def open_job(args):
                            protocol=json.loads(json.dumps(protocol)))       # as it will be read: no tuples
 
 
-def generate(job, out, attack_on=None):
+def generate(job, out, attack_on=None, finish=None):
     """Samples the images of a job into `out` on all processes, in shards that are kept until all are there.
 
     attack_on(indices) -> what `sample` takes as its attack, for the images of these indices, with a method
-    measures() -> a dict. -> the measures of all shards, in the first process; [] in the others.
+    measures() -> a dict. finish(measures of all shards): called by the first process before `out` is written,
+    so that an `out` that is there is finished.
     """
     process, protocol, first = job.process, job.protocol, job.process.rank == 0
     network, data = (protocol["config"][group] for group in ("network", "data"))
     shape = network["in_channels"], network["size"], network["size"]
-    shards = Shards(out, protocol, first)
+    shards = Shards(out, protocol)
+    if process.rank >= max(1, len(shards)):                 # more processes than shards
+        return
+    if not shards.begin(first):
+        if first:
+            print(f"{out} is there already, made with the same settings: nothing to do")
+        return
     if first:
         weights = "EMA" if protocol["ema"] else "raw weights"
         print(f"{protocol['num_samples']} images of {data['name']} {shape[1]}x{shape[2]} from "
@@ -172,12 +181,20 @@ def generate(job, out, attack_on=None):
         shards.write(k, x_0 if data["float_data"] else as_bytes(x_0), attack and attack.measures(x_0))
         progress.update(progress.done + len(x_0))
     if not first:
-        return []
+        return
     progress.close()
-    some, measures = shards.join()
+    some = shards.join(finish)
     print(f"made {out} and {out.with_suffix('.png')}: {protocol['num_samples']} images, {progress.rate:.2f} "
           f"images/s a process; noise estimate of the first {len(some)}: {noise_estimate(some).mean():.3f}")
-    return measures
+
+
+def protocol_of(out):
+    """The protocol of a finished .npz of ours, or None where there is none."""
+    try:
+        with zipfile.ZipFile(out) as archive, archive.open("protocol.npy") as member:
+            return json.loads(str(np.lib.format.read_array(member, allow_pickle=False)))
+    except (OSError, KeyError, ValueError, zipfile.BadZipFile):
+        return None
 
 
 class Shards:
@@ -187,18 +204,39 @@ class Shards:
     refused.
     """
 
-    def __init__(self, out, protocol, first):
+    def __init__(self, out, protocol):
         self.out, self.protocol, self.folder = out, protocol, Path(f"{out}.shards")
-        note = self.folder / "protocol.json"
-        while not first and not note.exists():              # the first process decides for all
+
+    def begin(self, first):
+        """Begins, or goes on with what is there. -> False where OUT is finished with this protocol already.
+
+        The first process decides for all, and the others wait for it: it may have finished without them.
+        UserError where other shards are in the way, or the first process does not come.
+        """
+        note, began, there = self.folder / "protocol.json", time.monotonic(), None
+        while True:
+            if protocol_of(self.out) == self.protocol:
+                return False
+            try:
+                there = json.loads(note.read_text()) if note.exists() else None
+            except (OSError, ValueError) as error:
+                raise UserError(f"{note}: damaged ({error}); delete the folder {self.folder}") from error
+            if first or there is not None:
+                break
+            if time.monotonic() - began > PATIENCE:
+                raise UserError(f"waited {PATIENCE} s for the first process to begin {self.folder}: is it running, "
+                                "on the same folder? RANK and WORLD_SIZE say that there are several")
             time.sleep(0.1)
-        if note.exists() and (there := json.loads(note.read_text())) != protocol:
-            name = next(k for k in protocol if there.get(k) != protocol[k])
+        if there is not None and there != self.protocol:
+            there = there if isinstance(there, dict) else {}
+            name = next(k for k in there | self.protocol if there.get(k) != self.protocol.get(k))
             raise UserError(f"{self.folder}: holds shards of another run ({name} {there.get(name)}, now "
-                            f"{protocol[name]}); finish that run, delete the folder, or choose another --out")
+                            f"{self.protocol.get(name)}); finish that run, delete the folder, or choose another "
+                            "--out")
         if first:
             with atomic_write(note) as temporary:
-                temporary.write_text(json.dumps(protocol))
+                temporary.write_text(json.dumps(self.protocol))
+        return True
 
     def __len__(self):
         return -(-self.protocol["num_samples"] // self.protocol["batch"])
@@ -213,7 +251,7 @@ class Shards:
         return self.folder / f"{k:06d}.npy"
 
     def write(self, k, images, measures=None):
-        """Keeps the finished images [B, H, W, C] of shard k, which is finished once they are there, and
+        """Keeps the images [B, H, W, C] of shard k, which is finished once they are there, and its
         measures."""
         if measures:
             with atomic_write(self.path(k).with_suffix(".json")) as temporary:
@@ -221,19 +259,20 @@ class Shards:
         with atomic_write(self.path(k)) as temporary, open(temporary, "wb") as file:
             np.save(file, images)
 
-    def join(self):
-        """Waits for the shards of all processes, streams them into the .npz, draws the grid, removes the
-        folder.
-
-        -> the images of the grid, float [B, C, H, W] in [-1, 1] or data units; the measures of all shards.
-        """
+    def join(self, finish):
+        """Waits for the shards of all processes, draws the grid, calls finish(their measures), streams them
+        into the .npz, removes the folder. -> the images of the grid, float [B, C, H, W] in [-1, 1] or data
+        units."""
         paths = [self.path(k) for k in range(len(self))]
         for path in paths:
-            while not path.exists():             # a process that dies takes this one with it: torchrun's work
+            while not path.exists():                      # a process that dies takes this one along: torchrun
                 time.sleep(0.2)
         some = [np.load(path, allow_pickle=False) for path in paths[:math.ceil(64 / self.protocol["batch"])]]
         some = np.concatenate(some)[:64]
         save_grid(some if some.dtype == np.uint8 else as_bytes(some), self.out.with_suffix(".png"))
+        notes = [path.with_suffix(".json") for path in paths]
+        if finish:
+            finish([json.loads(note.read_text()) for note in notes if note.exists()])
         header = dict(descr=np.lib.format.dtype_to_descr(some.dtype), fortran_order=False,
                       shape=(self.protocol["num_samples"], *some.shape[1:]))
         with atomic_write(self.out) as temporary, zipfile.ZipFile(temporary, "w") as archive:
@@ -243,10 +282,8 @@ class Shards:
                     member.write(np.ascontiguousarray(np.load(path, allow_pickle=False)).tobytes())
             with archive.open("protocol.npy", "w") as member:
                 np.lib.format.write_array(member, np.array(json.dumps(self.protocol)), allow_pickle=False)
-        notes = [path.with_suffix(".json") for path in paths]
-        measures = [json.loads(note.read_text()) for note in notes if note.exists()]
         shutil.rmtree(self.folder)
-        return (some / 127.5 - 1 if some.dtype == np.uint8 else some).transpose(0, 3, 1, 2), measures
+        return (some / 127.5 - 1 if some.dtype == np.uint8 else some).transpose(0, 3, 1, 2)
 
 
 def main(argv=None):

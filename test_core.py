@@ -16,6 +16,7 @@ import torch.nn.functional as F
 
 import attack
 import beyond
+import common
 import sample
 import train
 import unet
@@ -40,7 +41,7 @@ def randomised(network, seed=0):
     return network
 
 
-# ---------------------------------------------------------------------------------------------------------- the network
+# ------------------------------------------------------------------------------------------------ the network
 
 def test_residual_block_with_additive_embedding():
     """The path without scale-shift at width 64, two channels a group, against the formula in float64."""
@@ -57,7 +58,8 @@ def test_residual_block_with_additive_embedding():
 
 
 def test_group_norm_values_and_gradients():
-    """The kit's own normalisation: values against PyTorch's in float64, gradients against finite differences."""
+    """The kit's own normalisation: values against PyTorch's in float64, gradients against finite
+    differences."""
     x = torch.randn(3, 8, 4, 5, dtype=torch.float64, requires_grad=True) + 50      # a mean far from 0: no cancellation
     weight = torch.randn(3, 1, 8, dtype=torch.float64, requires_grad=True)
     bias = torch.randn(3, 1, 8, dtype=torch.float64, requires_grad=True)
@@ -93,7 +95,8 @@ def test_timestep_embedding():
 
 
 def test_bfloat16_is_the_same_network_up_to_its_precision():
-    """Autocast touches the convolutions alone: near the float32 output, float32 itself, and gradients flow."""
+    """Autocast touches the convolutions alone: near the float32 output, float32 itself, and gradients
+    flow."""
     network = randomised(UNet(size=8, **TINY))
     x, t = torch.randn(2, 3, 8, 8, requires_grad=True), torch.tensor([3, 700])
     out = unet.in_bfloat16(network, torch.device("cpu"))(x, t)
@@ -103,7 +106,8 @@ def test_bfloat16_is_the_same_network_up_to_its_precision():
 
 
 def test_presets_have_the_published_sizes():
-    """Tensors and parameters of the CIFAR-10 network, fixed and learned variance, as improved-diffusion has them."""
+    """Tensors and parameters of the CIFAR-10 network, fixed and learned variance, as improved-diffusion has
+    them."""
     with torch.device("meta"):
         fixed, learned = (UNet(size=32, learn_sigma=learn, **PRESETS["cifar10"]) for learn in (False, True))
     assert len(fixed.state_dict()) == 446
@@ -121,10 +125,11 @@ def test_architecture_is_read_off_a_bare_state_dict(preset, size):
     assert found == {k: v for k, v in expected.items() if k != "dropout"}
 
 
-# --------------------------------------------------------------------------------------------- the schedule (Eq. 1, 2)
+# ------------------------------------------------------------------------------------ the schedule (Eq. 1, 2)
 
 def test_schedule_in_closed_form():
-    """The ends of both schedules, beta scaled with T, alpha_bar kept by respacing, the posterior by Bayes' rule."""
+    """The ends of both schedules, beta scaled with T, alpha_bar kept by respacing, the posterior by Bayes'
+    rule."""
     linear = Schedule.named("linear", 1000)
     assert float(linear.beta[0]) == 1e-4 and float(linear.beta[-1]) == pytest.approx(0.02, rel=1e-14)
     assert float(linear.alpha_bar[1]) == pytest.approx((1 - 1e-4) * (1 - 1e-4 - 0.0199 / 999), rel=1e-14)
@@ -140,10 +145,11 @@ def test_schedule_in_closed_form():
     assert float(linear.posterior_variance[500]) == pytest.approx(float(1 / ((1 - beta) / beta + 1 / before)), rel=1e-12)
 
 
-# ---------------------------------------------------------------------------------------------- the losses (Eq. 2 to 8)
+# ------------------------------------------------------------------------------------ the losses (Eq. 2 to 8)
 
 def linear_case(seed=0, batch=4, dims=3):
-    """A linear eps_theta(x) = x W^T, for which Eq. 6 to 8 and 14 can be written down, in float64, with all its draws."""
+    """A linear eps_theta(x) = x W^T, for which Eq. 6 to 8 and 14 can be written down, in float64, with all
+    its draws."""
     g = torch.Generator().manual_seed(seed)
     normal = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64)
     W = normal(dims, dims).requires_grad_()
@@ -157,7 +163,8 @@ def linear_case(seed=0, batch=4, dims=3):
     ("adv", "x", 2.0, 8 / 255), ("adv", "eps", 2.0, 8 / 255), ("adv", "x", 3.0, 0.1), ("ran", "x", 2.0, 8 / 255),
     ("inv", "x", 2.0, 8 / 255), ("ddpm", "x", 2.0, 8 / 255)])
 def test_losses_by_hand(method, lam_units, omega, gamma):
-    """Eq. 2, 3, 6, 7, 8, 14 and lambda_t in numpy, value and gradient: signs, targets, units, both outputs' gradients."""
+    """Eq. 2, 3, 6, 7, 8, 14 and lambda_t in numpy, value and gradient: signs, targets, units, both outputs'
+    gradients."""
     W, x_0, t, eps, beta, u = linear_case()
     schedule = Schedule.named("linear", 1000)
     terms = train.training_loss(lambda x, t: x @ W.T, schedule, x_0, t, eps, beta, u, method, lam=0.7,
@@ -205,7 +212,8 @@ def test_radius_has_the_papers_check_values():
 
 
 def test_delta_adv_stays_in_the_ball_and_climbs():
-    """For every t: inside the ball, at its surface somewhere, and J not below its random start on a nonlinear network."""
+    """For every t: inside the ball, at its surface somewhere, and J not below its random start on a nonlinear
+    network."""
     torch.manual_seed(0)
     layers = torch.nn.Sequential(torch.nn.Linear(12, 32), torch.nn.Tanh(), torch.nn.Linear(32, 12)).double()
     predict = lambda x, t: layers(x.flatten(1)).view(x.shape)
@@ -236,9 +244,10 @@ def test_delta_adv_stays_in_the_ball_and_climbs():
 @pytest.mark.parametrize("method, factor", [("ran", 1.0), ("adv", 2.540)])
 @pytest.mark.parametrize("t", [10, 200])
 def test_minimiser_on_gaussian_data(method, factor, t):
-    """The closed form: for data of variance v the minimiser of Eq. 6 is Eq. 3's for a variance of v / (1 + c_t), with
-    c_t = lambda (s^omega E[1/beta] + gamma) / (sqrt(3) s^2) for random delta, 2.54 times that for adversarial ones.
-    There the gradient of the project's own loss vanishes: to 1.5 % of the gain, Monte Carlo over 65,536 x 3 draws."""
+    """The closed form: for data of variance v the minimiser of Eq. 6 is Eq. 3's for a variance of v / (1 +
+    c_t), with c_t = lambda (s^omega E[1/beta] + gamma) / (sqrt(3) s^2) for random delta, 2.54 times that for
+    adversarial ones. There the gradient of the project's own loss vanishes: to 1.5 % of the gain, Monte Carlo
+    over 65,536 x 3 draws."""
     v, N, D = 0.04, 1 << 16, 3
     schedule, g = Schedule.named("linear", 1000), torch.Generator().manual_seed(t)
     normal = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64)
@@ -257,7 +266,8 @@ def test_minimiser_on_gaussian_data(method, factor, t):
 
 
 def test_variational_bound_is_a_likelihood():
-    """At t = 0 the 256 bytes share a probability of 1; elsewhere the term is the KL of two Gaussians, here by hand."""
+    """At t = 0 the 256 bytes share a probability of 1; elsewhere the term is the KL of two Gaussians, here by
+    hand."""
     schedule = Schedule.named("linear", 1000)
     levels = (torch.arange(256, dtype=torch.float64) / 127.5 - 1).view(256, 1, 1, 1)
     x_t = torch.full_like(levels, 0.1)
@@ -278,7 +288,8 @@ def test_variational_bound_is_a_likelihood():
 
 
 def test_learned_variance_ends_at_log_beta():
-    """v = 1 is log beta_t, at t = 0 too (-9.21 there, not the stand-in log beta_tilde_1); v = -1 is the clipped small."""
+    """v = 1 is log beta_t, at t = 0 too (-9.21 there, not the stand-in log beta_tilde_1); v = -1 is the
+    clipped small."""
     schedule = Schedule.named("linear", 1000)
     one = torch.ones(2, 1, 1, 1, dtype=torch.float64)
     high, low = (schedule.log_variance("learned", one, torch.tensor([0, 500]), sign * one).flatten() for sign in (1, -1))
@@ -305,9 +316,9 @@ def test_learned_variance_regularises_eps_alone():
 @pytest.mark.parametrize("sigma_n", [0.0, 0.1, 0.4])
 @pytest.mark.parametrize("t", [70, 300])
 def test_ambient_minimiser_of_a_gaussian(sigma_n, t):
-    """Catches any slip in rho or in the noise added: for x ~ N(0, s^2) the best eps_theta is c x_t with
-    c = sqrt(1 - alpha_bar) / (alpha_bar s^2 + 1 - alpha_bar), that of CLEAN data, whatever noise y has; and no loss where
-    y has more noise than x_t."""
+    """Catches any slip in rho or in the noise added: for x ~ N(0, s^2) the best eps_theta is c x_t with c =
+    sqrt(1 - alpha_bar) / (alpha_bar s^2 + 1 - alpha_bar), that of CLEAN data, whatever noise y has; and no
+    loss where y has more noise than x_t."""
     schedule, g, s, N = Schedule.named("linear", 1000), torch.Generator().manual_seed(t), 0.7, 1 << 18
     normal = lambda: torch.randn(N, 1, generator=g, dtype=torch.float64)
     y = s * normal() + sigma_n * normal()
@@ -328,7 +339,8 @@ def test_ambient_minimiser_of_a_gaussian(sigma_n, t):
 
 
 def test_what_the_noise_aware_baseline_is_told(shapes):
-    """Catches flags swapped, drawn anew each time, wrong with probability p only among the noisy, or sigma forgotten."""
+    """Catches flags swapped, drawn anew each time, wrong with probability p only among the noisy, or sigma
+    forgotten."""
     images = Images("shapes", 8, shapes, 0.75, 0.2, 3)
     truth = images.corrupted(np.arange(len(images)))
     told = {flags: train.assumed_noise(images, flags, 0.25) for flags in ("oracle", "conf1", "conf2")}
@@ -340,7 +352,7 @@ def test_what_the_noise_aware_baseline_is_told(shapes):
     assert wrong[::4].mean() == pytest.approx(0.75, abs=0.02) and wrong[1::4].mean() == pytest.approx(0.75, abs=0.02)
 
 
-# ------------------------------------------------------------------------------------------------ Algorithm 1 as a step
+# -------------------------------------------------------------------------------------- Algorithm 1 as a step
 
 def trainer(device="cpu", **changes):
     """A Trainer of the tiny network on 8x8 images, in this process."""
@@ -357,9 +369,10 @@ def gradients(t):
 
 
 @pytest.mark.parametrize("method", ["adv", "ran", "inv", "ddpm"])
-def test_step_is_algorithm_1(method, monkeypatch):
-    """One call of advance: the loss of these draws, its gradient and AdamW's first step, which is lr times the sign.
-    Catches draws that do not reach the loss, a wrong mean over the batch, settings lost on the way, a second step."""
+def test_step_is_algorithm_1(method):
+    """One call of advance: the loss of these draws, its gradient and AdamW's first step, which is lr times
+    the sign. Catches draws that do not reach the loss, a wrong mean over the batch, settings lost on the way,
+    a second step."""
     t = trainer(method=method, lam=0.7, omega=3.0, gamma=0.1, lam_units="eps")
     other = copy.deepcopy(randomised(t.model))
     x_0 = torch.randn(4, 3, 8, 8)
@@ -379,7 +392,8 @@ def test_step_is_algorithm_1(method, monkeypatch):
 
 
 def test_plan_of_beyond_reaches_the_loss(monkeypatch):
-    """Catches its t, its weights or its factor of lambda left out of the step, or given to one of the terms alone."""
+    """Catches its t, its weights or its factor of lambda left out of the step, or given to one of the terms
+    alone."""
     t, asked, weight = trainer(method="ran"), torch.tensor([5, 51, 400, 900]), torch.tensor([0.1, 0.7, 2.0, 0.4])
     randomised(t.model)
     monkeypatch.setattr(beyond, "plan", lambda *args: (asked, weight, [(slice(0, 4), "ran", 3.0)]))
@@ -392,7 +406,8 @@ def test_plan_of_beyond_reaches_the_loss(monkeypatch):
 
 
 def test_dropout_has_one_mask_for_all_passes():
-    """With delta almost 0 the two outputs agree only if the same units are dropped; the masks change with the step."""
+    """With delta almost 0 the two outputs agree only if the same units are dropped; the masks change with the
+    step."""
     t = trainer(network=dict(dropout=0.5), method="ran", gamma=1e-7, omega=40.0)
     randomised(t.model)
     x, early = torch.randn(4, 3, 8, 8), torch.tensor([1, 2, 3, 4])          # where r is tiny
@@ -407,7 +422,8 @@ def test_dropout_has_one_mask_for_all_passes():
 
 
 def test_ema_warms_up():
-    """After the first update the average has weight 2/11 on the start, after the second 3/12 on what it was."""
+    """After the first update the average has weight 2/11 on the start, after the second 3/12 on what it
+    was."""
     t = trainer()
     states = [torch.cat([p.detach().flatten() for p in t.parameters])]
     for _ in range(2):
@@ -449,13 +465,17 @@ def nothing(*args, **kwargs):
 
 @pytest.fixture
 def on_meta(monkeypatch):
-    """The meta device, on which reading a value raises, as does a tensor of another device: it has no autocast, no
-    generators and no fused optimiser, which are stubbed."""
+    """The meta device, on which reading a value raises, as does a tensor of another device: it has no
+    autocast, no generators and no fused optimiser, which are stubbed."""
     plain = torch.optim.AdamW
     monkeypatch.setattr(torch.optim, "AdamW", lambda parameters, lr, weight_decay, fused: plain(parameters, lr))
     monkeypatch.setattr(torch, "autocast", nothing)
-    for module in (train, attack):
-        monkeypatch.setattr(module, "generator", lambda *args: None, raising=False)
+    def stub(purpose, seed, index=0, device="cpu"):
+        if torch.device(device).type != "meta":
+            raise RuntimeError(f"a generator on {device}")
+
+    for module in (common, train):
+        monkeypatch.setattr(module, "generator", stub)
     return torch.device("meta")
 
 
@@ -466,18 +486,22 @@ META += [dict(reg_share=0.5), dict(reg_share=0.5, balance=True), dict(balance=Tr
 
 @pytest.mark.parametrize("changes", META, ids=str)
 def test_step_neither_waits_for_the_device_nor_mixes_devices(changes, on_meta):
-    """A step of every method, share and variance on the meta device: an .item(), a .tolist(), a test of a tensor's value
-    or a tensor left on the CPU raises. On a GPU each would make the host wait, or copy."""
+    """A step of every method, share and variance on the meta device: an .item(), a .tolist(), a test of a
+    tensor's value or a tensor left on the CPU raises. On a GPU each would make the host wait, or copy."""
     t = trainer(on_meta, **changes)
     x_0, sigma_n = torch.empty(4, 3, 8, 8, device=on_meta), torch.empty(4, device=on_meta)
     losses = t.advance(x_0, sigma_n)
     assert {loss.device.type for loss in losses.values()} == {"meta"} and t.step == 1
 
 
-@pytest.mark.parametrize("fault", [lambda x: x * float(x.sum()), lambda x: x if bool((x > 0).all()) else -x,
-                                   lambda x: x * torch.ones(3, 8, 8)], ids=["item", "bool", "a CPU tensor"])
+FAULTS = {"item": lambda x: x * float(x.sum()), "bool": lambda x: x if bool((x > 0).all()) else -x,
+          "a CPU tensor": lambda x: x * torch.ones(3, 8, 8),
+          "a CPU generator": lambda x: x * torch.rand(1, generator=train.generator("x", 0), device="meta")}
+
+
+@pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS)
 def test_the_meta_step_catches_what_it_is_for(fault, on_meta, monkeypatch):
-    """Three faults planted in the loss: each of them raises."""
+    """Four faults planted in the loss: each of them raises."""
     real = train.training_loss
 
     def faulty(model, schedule, x_0, *rest, **settings):
@@ -488,7 +512,7 @@ def test_the_meta_step_catches_what_it_is_for(fault, on_meta, monkeypatch):
         trainer(on_meta).advance(torch.empty(4, 3, 8, 8, device=on_meta))
 
 
-# -------------------------------------------------------------------------------------------------- beyond the paper
+# ------------------------------------------------------------------------------------------- beyond the paper
 
 def every_lambda(lam=0.3, lam_units="x", omega=2.0, gamma=8 / 255):
     """lambda_t of all t at beta = 1, by its formula: float64 [1000]."""
@@ -497,7 +521,8 @@ def every_lambda(lam=0.3, lam_units="x", omega=2.0, gamma=8 / 255):
 
 
 def test_by_default_nothing_is_beyond_the_paper():
-    """t stays, every weight is 1, all rows are one part with lambda itself; the baselines have no regulariser at all."""
+    """t stays, every weight is 1, all rows are one part with lambda itself; the baselines have no regulariser
+    at all."""
     t, chance, lam_t = torch.tensor([3, 900, 7, 7]), torch.rand(4), every_lambda()
     for method in ("adv", "ran", "inv"):
         found, weight, parts = beyond.plan(lam_t, t, chance, method)
@@ -509,8 +534,9 @@ def test_by_default_nothing_is_beyond_the_paper():
 
 @pytest.mark.parametrize("settings", [{}, dict(lam=1.0, lam_units="eps", omega=3.0, gamma=0.1)], ids=str)
 def test_timesteps_of_a_share_are_drawn_where_the_loss_weighs_most(settings):
-    """Catches a q(t) that is not that of 1 + lambda_t (its steps shifted by one, say), a factor that is not uniform / q(t),
-    and other rows' t or weight touched. The Trainer's own table is checked against the formula."""
+    """Catches a q(t) that is not that of 1 + lambda_t (its steps shifted by one, say), a factor that is not
+    uniform / q(t), and other rows' t or weight touched. The Trainer's own table is checked against the
+    formula."""
     N = 200_000
     lam_t = every_lambda(**settings)
     assert torch.allclose(trainer(**settings).lam_t.double(), lam_t, rtol=1e-5)
@@ -535,7 +561,8 @@ def test_networks_side_by_side_take_their_own_timesteps():
 
 
 def test_balance_weighs_the_two_terms_as_a_mean():
-    """Catches a weight that is not 1 / (1 + lambda_t), or that reaches one of the terms alone, or not all rows."""
+    """Catches a weight that is not 1 / (1 + lambda_t), or that reaches one of the terms alone, or not all
+    rows."""
     t, lam_t = torch.tensor([0, 51, 999, 51]), every_lambda()
     for reg_share in (1.0, 0.5):
         found, weight, _ = beyond.plan(lam_t, t, torch.rand(4), "adv", reg_share, True)
@@ -545,8 +572,8 @@ def test_balance_weighs_the_two_terms_as_a_mean():
 
 @pytest.mark.parametrize("reg_share, micro", [(1.0, 3), (0.5, None), (0.25, 3), (0.125, None)])
 def test_regulariser_on_a_share_is_unbiased(reg_share, micro, monkeypatch):
-    """Catches a share that is weighted wrongly, left out or counted twice: rows of one kind give the whole batch's gradient
-    at any share and microbatch; and the DDPM term, which sees every row at every share."""
+    """Catches a share that is weighted wrongly, left out or counted twice: rows of one kind give the whole
+    batch's gradient at any share and microbatch; and the DDPM term, which sees every row at every share."""
     same = [part[:1].expand(8, *part.shape[1:]) for part in train.draw(0, 0, 8, (3, 8, 8), 1000, "cpu")]
     monkeypatch.setattr(train, "draw", lambda *args: same)  # eight times the same draws, and the same image
     plan = lambda lam_t, t, *rest: (t, torch.ones(8), beyond_plan(lam_t, t, *rest)[2])      # drawn t: a test of its own
@@ -571,10 +598,11 @@ def test_a_share_must_be_whole_rows():
             beyond.rounded_share(share, batch, world)
 
 
-# ------------------------------------------------------------------------------------------------- the sampler (Eq. 4)
+# ---------------------------------------------------------------------------------------- the sampler (Eq. 4)
 
 def test_eq4_in_closed_form():
-    """One reverse step without a clamp is Eq. 4 as printed; the last step adds no noise; v interpolates log variances."""
+    """One reverse step without a clamp is Eq. 4 as printed; the last step adds no noise; v interpolates log
+    variances."""
     schedule = Schedule.named("linear", 1000)
     x, eps, z = torch.randn(3, 2, 3, 4, 4, dtype=torch.float64)
     for t in (700, 0):
@@ -596,7 +624,8 @@ def test_eq4_in_closed_form():
 
 
 def test_the_mean_is_of_the_clamped_x0():
-    """Catches a clamp after the mean: with x0_hat far outside [-1, 1], mean and DDIM step are those of x0_hat = 1."""
+    """Catches a clamp after the mean: with x0_hat far outside [-1, 1], mean and DDIM step are those of x0_hat
+    = 1."""
     schedule, i = Schedule.named("linear", 1000), torch.tensor([500])
     x = torch.full((1, 3, 2, 2), 0.3, dtype=torch.float64)
     ab, before, beta = (float(table[500]) for table in (schedule.alpha_bar, schedule.alpha_bar_prev, schedule.beta))
@@ -622,22 +651,19 @@ def test_sampler_reproduces_a_known_gaussian():
     assert float(x.std()) == pytest.approx(0.5, abs=0.02)
 
 
-@pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
-def test_sampler_neither_waits_for_the_device_nor_mixes_devices(sampler, on_meta):
-    """As for a training step: the whole loop on the meta device, with an attack in between."""
-    network = UNet(size=8, **TINY).to(on_meta)
+@pytest.mark.parametrize("name, sampler", [("fgsm", "ddpm"), ("fgsm", "ddim"), ("pgd", "ddpm"), ("eot", "ddpm"),
+                                           ("drift", "ddpm"), ("noise", "ddim")])
+def test_sampler_and_attacks_neither_wait_for_the_device_nor_mix_devices(name, sampler, on_meta):
+    """As for a training step: the whole loop on the meta device, attacked and measured."""
+    network = UNet(size=8, learn_sigma=True, **TINY).to(on_meta)
     schedule = Schedule.named("linear", 100).respaced(4).to(on_meta)
-    noise = iter(torch.empty(5, 2, 3, 8, 8, device=on_meta))
-
-    def hook(x_t, step, z):
-        i = torch.full((2,), step, device=on_meta)
-        one = lambda x, z=None: sample.reverse_step(network, schedule, x, i, z, sampler)
-        return attack.fgsm(one, x_t, lambda: torch.empty_like(x_t), lambda L, x: attack.gradient_of(L, x)[0])
-
-    assert sample.sample(network, schedule, noise, sampler, attack=hook).device.type == "meta"
+    hook = attacking(name, {0, 2}, network, schedule, range(2), "learned", (-1.0, 1.0), sampler, iters=2, eot=2)
+    noise = common.image_noise("sample", 0, range(2), (3, 8, 8), on_meta)
+    x_0 = sample.sample(network, schedule, noise, **hook.how, attack=hook)
+    assert x_0.device.type == "meta" and hook.sums["steps"] == 2
 
 
-# ------------------------------------------------------------------------------------------------- Algorithms 2 to 4
+# ------------------------------------------------------------------------------------------ Algorithms 2 to 4
 
 ASKED = dict(steps_attacked=3, where="spread", phi=1.0, iters=20, eot=5, stride=2.5, as_printed=False, eps_scale=1.0)
 LINEAR = 0.4 * torch.randn(12, 12, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -673,8 +699,9 @@ def linear_with_variance(x, t):
     ("pgd", "ddpm", "large", True), ("eot", "ddpm", "large", False), ("eot", "ddpm", "learned", False),
     ("eot", "ddpm", "large", True), ("drift", "ddpm", "large", False), ("drift", "ddim", "large", False)])
 def test_attacks_by_hand(name, sampler, variance, as_printed):
-    """A whole attacked run in numpy: each algorithm's cost, start, step, projection and scale, sigma(t), the noise that the
-    undisturbed and the attacked step share, steps that are not attacked, both trajectories beside, distances, passes."""
+    """A whole attacked run in numpy: each algorithm's cost, start, step, projection and scale, sigma(t), the
+    noise that the undisturbed and the attacked step share, steps that are not attacked, both trajectories
+    beside, distances, passes."""
     schedule, B, N, phi, eps_scale, stride = Schedule.named("linear", 100).respaced(5), 3, 4, 0.4, 0.7, 0.9
     indices, chosen, shape = range(7, 7 + B), {3, 2, 0}, (3, 2, 2)
     model = linear_with_variance if variance == "learned" else linear
@@ -761,8 +788,9 @@ def network():
 
 @pytest.mark.parametrize("name", ["fgsm", "pgd", "eot", "drift"])
 def test_attack_climbs_and_keeps_to_the_state(network, name):
-    """On a U-Net, x0_hat clamped: the cost rises over its random start, more so in larger balls; the ball holds; no gradient
-    reaches a parameter and no graph leaves the hook; the undisturbed trajectory is sample()'s own."""
+    """On a U-Net, x0_hat clamped: the cost rises over its random start, more so in larger balls; the ball
+    holds; no gradient reaches a parameter and no graph leaves the hook; the undisturbed trajectory is
+    sample()'s own."""
     schedule, costs = Schedule.named("linear", 100).respaced(12).to("cpu"), []
     clean = sample.sample(network, schedule, image_noise("sample", 3, range(4), (3, 8, 8)))
     for eps_scale in (0.5, 1.0):
@@ -777,8 +805,8 @@ def test_attack_climbs_and_keeps_to_the_state(network, name):
 
 
 def test_pgd_reaches_at_least_fgsms_cost(network):
-    """Algorithm 3 on the step that Algorithm 2 attacks: 20 accumulated steps are worth no less than one whole one, and as
-    printed far less."""
+    """Algorithm 3 on the step that Algorithm 2 attacks: 20 accumulated steps are worth no less than one whole
+    one, and as printed far less."""
     schedule = Schedule.named("linear", 100).respaced(8).to("cpu")
     end = {(name, printed): sampled(attacking(name, {2}, network, schedule, range(8), clamp=(-1.0, 1.0),
                                               as_printed=printed))[1]["end"]
@@ -803,7 +831,8 @@ def test_attack_counts_what_would_fake_robustness(network, monkeypatch):
 
 @pytest.mark.parametrize("name, sampler", [("fgsm", "ddim"), ("eot", "ddpm"), ("drift", "ddpm")])
 def test_attack_belongs_to_the_image(name, sampler):
-    """Images 0 to 4 together, and in twos with other neighbours: every random draw of the attack is the image's own."""
+    """Images 0 to 4 together, and in twos with other neighbours: every random draw of the attack is the
+    image's own."""
     schedule = Schedule.named("linear", 100).respaced(5)
     attacked = lambda indices: sampled(attacking(name, {4, 2}, linear, schedule, indices, "large", (-1.0, 1.0), sampler,
                                                  iters=3), (3, 2, 2), torch.float64)[0]
@@ -825,7 +854,8 @@ def test_attacked_steps():
 
 
 def test_streams_of_image_5():
-    """The noise of image 5 whatever it is drawn with; another image, seed, purpose and the next step differ."""
+    """The noise of image 5 whatever it is drawn with; another image, seed, purpose and the next step
+    differ."""
     alone, both = image_noise("sample", 3, [5], (3, 4, 4)), image_noise("sample", 3, [9, 5], (3, 4, 4))
     steps = [(next(alone), next(both)) for _ in range(20)]
     assert all(torch.equal(a[0], b[1]) and not torch.equal(b[0], b[1]) for a, b in steps)

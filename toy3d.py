@@ -30,13 +30,12 @@ import beyond
 from attack import attacked_steps, fgsm, gradient_of, random_signs
 from common import (Progress, UserError, check_ranges, command_line, generator, image_noise, parser_of,
                     pyplot, save_figure, write_json)
-from report import LESS, judge, show
+from report import LESS, METHODS, judge, show
 from sample import reverse_step, sample
 from train import draw, lambda_t, radius, training_loss
 from unet import Schedule, at, timestep_embedding
 
 DATA, NOISES = ["oblique-plane", "3-gaussians"], ["clean", "inlier", "outlier"]
-METHODS = {"ddpm": "DDPM", "ran": "Robust_ran", "adv": "Robust_adv", "inv": "Inv_adv"}
 T = 1000                                # linear schedule
 INLIER_P, INLIER_SIGMA = 0.9, 0.3       # share of the points, and deviation of their noise in data units
 OUTLIER_P, GRID = 0.2, 16               # share of the points; grid points along an edge of the bounding cube

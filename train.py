@@ -11,6 +11,7 @@ The same command again goes on from the last checkpoint. RUN/checkpoint.pt is wh
 take.
 """
 
+import contextlib
 import functools
 import json
 import math
@@ -384,8 +385,10 @@ def arguments(argv=None):
     args.out = args.out or Path("runs") / f"{args.data}-{args.method}"
     positive = ("steps", "batch", "microbatch", "save_every", "lr", "lam", "gamma", "reg_share", "channels",
                 "res_blocks", "heads", "sigma_known")
+    if min(args.mult or [1]) < 1:
+        raise UserError(f"--mult {','.join(map(str, args.mult))}: must be positive integers, as in 1,2,2,2")
     check_ranges(args, p=(0, 1), sigma=(0, math.inf), ema=(0, 1), dropout=(0, 1), omega=(1, math.inf),
-                 sample_every=(0, math.inf), **dict.fromkeys(positive, POSITIVE))
+                 sample_every=(0, math.inf), timesteps=(2, math.inf), **dict.fromkeys(positive, POSITIVE))
     args.balance = args.balance and args.method not in ("ddpm", "ambient")      # their loss has one term
     if args.method != "ambient":
         args.flags = args.sigma_known = None
@@ -488,7 +491,7 @@ def benchmark(args, config, images, process):
         x_0, seconds = torch.from_numpy(images.read(index)).to(process.device), []
         if process.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        while len(seconds) < 3 or len(seconds) < 20 and sum(seconds) < 10:
+        while len(seconds) < 3 or broadcast(len(seconds) < 20 and sum(seconds) < 10):       # all take as many
             began = time.perf_counter()
             trainer.advance(x_0)
             if process.device.type == "cuda":
@@ -508,7 +511,9 @@ class Log:
         if first:
             kept = []                                  # not what a killed run wrote after its last checkpoint
             if step and path.exists():
-                kept = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= step]
+                for line in path.read_text().splitlines():
+                    with contextlib.suppress(ValueError):   # the last line may be half written
+                        kept += [line] if json.loads(line)["step"] <= step else []
             with atomic_write(path) as temporary:
                 temporary.write_text("".join(line + "\n" for line in kept))
             self.file = open(path, "a", buffering=1)
@@ -565,7 +570,8 @@ def run(args, trainer, images, assumed, log):
             signal.signal(number, signal.SIG_DFL)
 
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):   # a terminal's, Slurm's
-        signal.signal(number, on_signal)
+        if signal.getsignal(number) != signal.SIG_IGN:      # as nohup has it
+            signal.signal(number, on_signal)
 
     reader = ThreadPoolExecutor(1)                          # reads the next batch while the network works
     upcoming = reader.submit(read, trainer.step)

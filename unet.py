@@ -1,8 +1,8 @@
 """The noise-predicting network, the noise schedule, and checkpoints: what every other stage is built on.
 
-    model = UNet(size=32, **PRESETS["cifar10"])             # eps_theta, randomly initialised schedule =
-    Schedule.named("linear", 1000)               # Eq. 1 and 2 model, schedule, config =
-    load_model("runs/robust")     # a run of train.py, or a public improved-diffusion file
+    model = UNet(size=32, **PRESETS["cifar10"])                     # eps_theta, randomly initialised
+    schedule = Schedule.named("linear", 1000)                       # Eq. 1 and 2
+    model, schedule, config, step = load_model("runs/cifar10-adv")  # or a public state dict
 
 The network is the U-Net of Nichol & Dhariwal (2021), the paper's codebase, and reads its state dicts key by
 key.
@@ -10,6 +10,7 @@ key.
 
 import math
 import os
+import shutil
 import zipfile
 from pathlib import Path
 
@@ -314,6 +315,8 @@ class Schedule:
     def named(cls, schedule, timesteps):
         """`linear`: beta from 1e-4 to 0.02, scaled by 1000/T; `cosine`: alpha_bar = cos^2 (Nichol &
         Dhariwal)."""
+        if timesteps < 2:
+            raise UserError(f"--timesteps {timesteps}: at least 2 are needed")
         if schedule == "linear":
             scale = 1000 / timesteps
             if 0.02 * scale >= 1:
@@ -331,21 +334,17 @@ class Schedule:
         return len(self.beta)
 
     def respaced(self, steps):
-        """The process that visits only some timesteps: beta = 1 - alpha_bar / alpha_bar of the one visited
-        before.
-
-        `steps`: a count N of evenly spaced timesteps, both ends kept, round(i (T-1) / (N-1)); or their
-        indices, rising.
-        """
-        if isinstance(steps, int):
-            if not 1 < steps <= len(self):
-                raise UserError(f"--steps {steps}: this model has {len(self)} timesteps, so 2 to {len(self)} "
-                                "can be sampled")
-            i = torch.arange(steps, dtype=torch.float64)
-            steps = (i * (len(self) - 1) / (steps - 1)).round().long()
-        alpha_bar = self.alpha_bar[steps]
+        """The process that visits `steps` evenly spaced timesteps, round(i (T-1) / (steps-1)), both ends
+        kept: beta is 1 - alpha_bar / alpha_bar of the one visited before. UserError where steps is not in 2
+        ... T."""
+        if not 1 < steps <= len(self):
+            raise UserError(f"--steps {steps}: this model has {len(self)} timesteps, so 2 to {len(self)} can "
+                            "be sampled")
+        i = torch.arange(steps, dtype=torch.float64)
+        visited = (i * (len(self) - 1) / (steps - 1)).round().long()
+        alpha_bar = self.alpha_bar[visited]
         previous = torch.cat([torch.ones(1, dtype=torch.float64), alpha_bar[:-1]])
-        return Schedule(1 - alpha_bar / previous, self.t[steps])
+        return Schedule(1 - alpha_bar / previous, self.t[visited])
 
     def to(self, device):
         """The same tables as float32 on a device."""
@@ -387,7 +386,10 @@ def save_checkpoint(path, checkpoint):
         if path.exists():               # a second name for the old file, so that neither name is ever missing
             with atomic_write(previous_of(path)) as link:
                 link.unlink(missing_ok=True)
-                os.link(path, link)
+                try:
+                    os.link(path, link)
+                except OSError:                             # a file system without hard links
+                    shutil.copyfile(path, link)
 
 
 def previous_of(path):
@@ -444,24 +446,29 @@ def network_of(state_dict, size, heads):
                 scale_shift=width("input_blocks.1.0.emb_layers.1.weight") == 2 * levels[0][0])
 
 
-def load_model(path, raw=False, size=None, heads=4, schedule="linear", timesteps=1000):
-    """-> (UNet in eval mode on the CPU, Schedule, config, step) of a checkpoint: the EMA weights, or the raw
+def load_model(path, raw=False, size=None, heads=None, schedule=None, timesteps=None):
+    """-> UNet in eval mode on the CPU, Schedule, config, step of a checkpoint: the EMA weights, or the raw
     ones.
 
-    size, heads, schedule and timesteps describe a bare public state dict, which says nothing of them; a
-    checkpoint of ours knows its own. config has the groups network, process, data and training (empty for a
-    public file).
+    size, heads (default 4), schedule (linear) and timesteps (1000) describe a bare public state dict, which
+    says nothing of them; a checkpoint of ours knows its own. config has the groups network, process, data and
+    training (empty for a public file). UserError where these do not fit the file.
     """
     checkpoint = load_checkpoint(path)
+    given = dict(size=size, heads=heads, schedule=schedule, timesteps=timesteps)
     if "config" in checkpoint:
         config, state_dict = checkpoint["config"], checkpoint["model" if raw else "ema"]
+        for name, value in given.items():
+            if value is not None and (config["network"] | config["process"])[name] != value:
+                raise UserError(f"--{name} {value}: {path} is a checkpoint of train.py, its {name} is "
+                                f"{(config['network'] | config['process'])[name]}; leave the flag out")
     elif size is None:
         raise UserError(f"{path}: a bare state dict does not say its image size; pass --size "
                         "(and --heads, --schedule, --timesteps)")
     else:
         state_dict, data = checkpoint, dict(name="?", low=-1.0, high=1.0, p=0.0, sigma=0.0, float_data=False)
-        config = dict(network=network_of(checkpoint, size, heads), data=data, training={},
-                      process=dict(schedule=schedule, timesteps=timesteps))
+        config = dict(network=network_of(checkpoint, size, heads or 4), data=data, training={},
+                      process=dict(schedule=schedule or "linear", timesteps=timesteps or 1000))
     model = UNet(**config["network"])
     try:
         model.load_state_dict(state_dict)

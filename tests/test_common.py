@@ -22,7 +22,7 @@ PURPOSES = "weights", "order", "flags", "train", "dropout", "sample", "attack"
 # ------------------------------------------------------------------------------- errors and the command line
 
 def test_command_line(monkeypatch, capsys):
-    """Catches a traceback for a user's mistake, a wrong exit status, and the message printed by every rank."""
+    """Catches a traceback for a user's mistake, a wrong exit status, the message printed by every rank."""
     def wrong():
         raise UserError("--p is wrong")
 
@@ -43,8 +43,8 @@ def test_command_line(monkeypatch, capsys):
 
 
 def test_check_ranges():
-    """Catches an end that is left out, NaN or infinity let through, 0 taken for "not given", and a message that names
-    another flag or range."""
+    """Catches an end that is left out, NaN or infinity let through, 0 taken for "not given", and a message
+    that names another flag or range."""
     args = SimpleNamespace(steps=0, p=1.0, lr=1e-300, seed=None)
     check_ranges(args, steps=(0, 9), p=(0, 1), lr=POSITIVE, seed=(0, 1))
     for flag, value, limits, expected in [
@@ -59,8 +59,9 @@ def test_check_ranges():
 # ----------------------------------------------------------------------------------------------------- files
 
 def test_atomic_write(tmp_path):
-    """Catches a half-written file under the final name, a temporary file left behind, a temporary name that numpy would
-    add .npz to, an old partial that hurts, two writers of one file, a traceback for a folder that cannot be written."""
+    """Catches a half-written file under the final name, a temporary file left behind, a temporary name that
+    numpy would add .npz to, an old partial that hurts, two writers of one file, a traceback for a folder that
+    cannot be written."""
     path = tmp_path / "new" / "a.npz"
     with atomic_write(path) as partial:
         assert partial.parent == path.parent and partial.suffix == ".npz"
@@ -87,7 +88,7 @@ def test_atomic_write(tmp_path):
 
 
 def test_full_disk(tmp_path):
-    """Catches a traceback, or a partial file, where the disk fills up: here the largest size of a file does."""
+    """Catches a traceback, or a partial file, where the disk fills up: here a file reaches its size limit."""
     (tmp_path / "a").write_bytes(b"before")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, limits[1]))
@@ -110,9 +111,9 @@ def test_write_json(tmp_path):
 
 
 def test_download(tmp_path):
-    """Catches a download that is not verified, sources that are not tried in turn, a partial file that stays, a good
-    file fetched again, and a message that does not say where to put the file."""
-    content = os.urandom((1 << 21) + 100)                   # the last block is small enough to stay in a buffer
+    """Catches a download that is not verified, sources that are not tried in turn, a partial file that stays,
+    a good file fetched again, and a message that does not say where to put the file."""
+    content = os.urandom((1 << 21) + 100)                 # the last block is small enough to stay in a buffer
     sha, good, bad = hashlib.sha256(content).hexdigest(), tmp_path / "good", tmp_path / "bad"
     good.write_bytes(content)
     bad.write_bytes(content[:-1])
@@ -155,12 +156,13 @@ def test_progress(monkeypatch, capsys):
 # -------------------------------------------------------------------------------------------- random streams
 
 def test_no_two_random_streams_meet():
-    """Catches a purpose or seed that is a shift of another (x_T of image 5 was the noise of step 5), a seed cut to 32
-    bits (seed 2^32 was seed 0), and a change of the streams, which no old sample survives."""
+    """Catches a purpose or seed that is a shift of another (x_T of image 5 was the noise of step 5), a seed
+    cut to 32 bits (seed 2^32 was seed 0), and a change of the streams, which no old sample survives."""
     seeds = {(purpose, seed): stream_seed(purpose, seed)
              for purpose in PURPOSES for seed in [*range(100), 2**32, 2**63]}
-    for bits, chosen in ((64, seeds.values()),                          # a GPU's generator takes all of the seed
-                         (32, [seeds[purpose, seed] for purpose in PURPOSES for seed in range(3)])):  # a CPU's these
+    # A GPU's generator takes all 64 bits of the seed, a CPU's 32.
+    few = [seeds[purpose, seed] for purpose in PURPOSES for seed in range(3)]
+    for bits, chosen in ((64, seeds.values()), (32, few)):
         starts = sorted(seed % 2**bits for seed in chosen)
         gaps = [after - before for before, after in zip(starts, [*starts[1:], starts[0] + 2**bits])]
         assert min(gaps) > 50_000                           # images of the paper's FID
@@ -172,7 +174,7 @@ def test_no_two_random_streams_meet():
 # --------------------------------------------------------------------------------------- images and pictures
 
 def test_as_bytes():
-    """Catches truncation instead of rounding, a missing clip (wrap-around), and NaN that becomes a grey level."""
+    """Catches truncation instead of rounding, a missing clip (wrap-around), NaN that becomes a grey level."""
     x = np.linspace(-1.5, 1.5, 4001)
     expected = [min(255, max(0, int(np.floor((v + 1) * 127.5 + 0.5)))) for v in x]
     assert common.as_bytes(x).tolist() == expected and common.as_bytes(x).dtype == np.uint8
@@ -184,14 +186,14 @@ def test_as_bytes():
 
 
 def test_noise_estimate():
-    """Catches a wrong mask, scale, border or mean over channels: against the formula with a 2-D convolution, white noise
-    of known size, and a plane (no noise)."""
+    """Catches a wrong mask, scale, border or mean over channels: against the formula with a 2-D convolution,
+    white noise of known size, and a plane (no noise)."""
     rng = np.random.default_rng(1)
     x = rng.normal(0, [[[[0.1]], [[0.2]], [[0.3]]]], (4, 3, 40, 24))
     mask = np.array([[1, -2, 1], [-2, 4, -2], [1, -2, 1]])
     scale = np.sqrt(np.pi / 2) / (6 * 38 * 22)
-    expected = [np.mean([scale * np.abs(scipy.signal.convolve2d(channel, mask, "valid")).sum() for channel in image])
-                for image in x]
+    expected = [np.mean([scale * np.abs(scipy.signal.convolve2d(channel, mask, "valid")).sum()
+                         for channel in image]) for image in x]
     np.testing.assert_allclose(common.noise_estimate(x), expected, rtol=1e-12)
     assert abs(common.noise_estimate(rng.normal(0, 0.2, (8, 3, 64, 64))).mean() - 0.2) < 0.002
     i, j = np.mgrid[:16, :16]

@@ -69,7 +69,7 @@ def prepare(*argv):
     data.main([*map(str, argv), *([] if "--workers" in argv else ["--workers", "1"])])
 
 
-# ------------------------------------------------------------------------------------------ reading, corruption
+# ---------------------------------------------------------------------------------------- reading, corruption
 
 def test_read_scale(tmp_path):
     """Catches a wrong scale: /128, /255, an offset, or float64."""
@@ -101,7 +101,8 @@ def test_corruption_of_nothing_is_exact(tmp_path):
 
 
 def test_coin_and_noise_do_not_depend_on_p_and_sigma(tmp_path):
-    """Catches a coin or z drawn from the same stream as p or sigma decide, a wrong share, and seeds that do nothing."""
+    """Catches a coin or z drawn from the same stream as p or sigma decide, a wrong share,
+    and seeds that do nothing."""
     folder, every = toy(tmp_path), np.arange(2000)
     clean = Images("toy", 8, folder).read(every)
     half, most = Images("toy", 8, folder, 0.5, 0.1), Images("toy", 8, folder, 0.9, 0.2)
@@ -119,8 +120,9 @@ def test_coin_and_noise_do_not_depend_on_p_and_sigma(tmp_path):
 
 
 def test_noise_is_white_and_normal(tmp_path):
-    """Catches streams of neighbouring images that overlap or are correlated, clipping, quantising, a bad start of a
-    stream (the first values over all images), and a coin tied to the noise. Limits are 5 standard deviations."""
+    """Catches streams of neighbouring images that overlap or are correlated, clipping, quantising, a bad
+    start of a stream (the first values over all images), and a coin tied to the noise. Limits are 5 standard
+    deviations."""
     folder, every = toy(tmp_path, 4000), np.arange(4000)
     y = Images("toy", 8, folder, 1, 1).read(every)
     z = (y.astype(np.float64) - Images("toy", 8, folder).read(every)).reshape(4000, 192)
@@ -132,7 +134,7 @@ def test_noise_is_white_and_normal(tmp_path):
     for shift in (1, 2, 4, 64):                             # of the pixels inside an image, and of the images
         assert abs((z[:, shift:] * z[:, :-shift]).mean()) < 5 / z[:, shift:].size ** 0.5
         assert np.abs((z[shift:] * z[:-shift]).mean(axis=1)).max() < 5.5 / 192 ** 0.5
-    for shift in (1, 2, 3):                                 # an image that is its neighbour a few values later
+    for shift in (1, 2, 3):                                # an image that is its neighbour a few values later
         assert np.abs((z[1:, :-shift] * z[:-1, shift:]).mean(axis=1)).max() < 5.5 / (192 - shift) ** 0.5
     first = z[:, :16]
     assert np.abs(np.corrcoef(first.T) - np.eye(16)).max() < 5.5 / 4000 ** 0.5
@@ -144,7 +146,7 @@ def test_noise_is_white_and_normal(tmp_path):
 
 
 def test_noise_golden(tmp_path):
-    """Catches any change of the corruption, and one that depends on the process: the values were printed once."""
+    """Catches any change of the corruption, and one that depends on the process: values once printed."""
     folder = store(tmp_path, np.full((4, 3, 8, 8), 255, np.uint8))
     x = Images("toy", 8, folder, p=1, sigma=0.5, data_seed=7).read([2])[0, :, 0, 0]
     np.testing.assert_allclose((x - 1) / 0.5, [0.347347, 0.154186, -0.521118], atol=2e-6)
@@ -164,7 +166,8 @@ def test_float_data_is_read_as_it_is(tmp_path):
 
 @pytest.mark.parametrize("given, expected", [
     (dict(name="cifar10-test"), "python data.py cifar10 --size 32 --split test --out"),
-    (dict(name="celeba"), r"python data.py celeba --src \S+ --size 64"), (dict(name="mine"), "--size is needed"),
+    (dict(name="celeba"), r"python data.py celeba --src \S+ --size 64"),
+    (dict(name="mine"), "--size is needed"),
     *[(dict(name="toy", size=8) | bad, "--p .* --sigma .* --data-seed") for bad in (
         dict(p=-0.1), dict(p=1.1), dict(p=np.nan), dict(sigma=-1), dict(sigma=np.inf), dict(data_seed=-1))]])
 def test_images_refuse(given, expected, tmp_path):
@@ -183,7 +186,8 @@ np.save(PICKLED, np.array([{}], dtype=object), allow_pickle=True)
 @pytest.mark.parametrize("array", [b"", WHOLE[:100], WHOLE[:-1], b"PK\x03\x04" + WHOLE, PICKLED.getvalue(),
                                    WHOLE.replace(b"(5, 3, 8, 8)", b"(4, 3, 8, 8)")])
 def test_damaged_data_sets_are_named(array, tmp_path):
-    """Catches a traceback, or wrong images, for a file that is empty, cut, of another kind, a pickle, or too short."""
+    """Catches a traceback, or wrong images, for a file that is empty, cut, of another kind, a pickle,
+    or too short."""
     toy(tmp_path, 5)
     (tmp_path / "toy-8.npy").write_bytes(array)
     with pytest.raises(UserError, match="toy-8.npy or toy-8.json is damaged .*delete both"):
@@ -194,11 +198,11 @@ def test_damaged_data_sets_are_named(array, tmp_path):
         Images("toy", 8, tmp_path)
 
 
-# ------------------------------------------------------------------------------------------------------ sources
+# ---------------------------------------------------------------------------------------------------- sources
 
 def test_sources_agree(tmp_path):
-    """Catches an order that depends on the archive, the folder or the workers; hidden files, folders and the __MACOSX
-    copies read as images; a link in an archive that is followed."""
+    """Catches an order that depends on the archive, the folder or the workers; hidden files, folders and the
+    __MACOSX copies read as images; a link in an archive that is followed."""
     files = {f"{'ab'[i % 2]}/{i * 7 % 150:03}.png": png((i, 2 * i % 256, 255 - i)) for i in range(150)}
     expected = np.stack([np.asarray(Image.open(io.BytesIO(files[name])))[:16, :16].transpose(2, 0, 1)
                          for name in sorted(files)])
@@ -280,7 +284,8 @@ MODES = [
 
 
 def test_decode_modes(tmp_path):
-    """Catches grey, palette, alpha, CMYK and 16-bit images that come out wrong (16-bit clips to white in Pillow)."""
+    """Catches grey, palette, alpha, CMYK and 16-bit images that come out wrong (16-bit clips to white in
+    Pillow)."""
     (tmp_path / "in").mkdir()
     for name, image, _ in MODES:
         image.save(tmp_path / "in" / name)
@@ -292,7 +297,7 @@ def test_decode_modes(tmp_path):
 
 
 def test_resize_and_crop(tmp_path):
-    """Catches another filter than the box (overshoot, blur), a crop off the centre, and CelebA without its crop."""
+    """Catches another filter than the box (overshoot, blur), a crop off the centre, CelebA without a crop."""
     pixels = np.random.default_rng(0).integers(0, 256, (48, 32, 3), dtype=np.uint8)
     face = np.zeros((218, 178, 3), np.uint8)
     face[39:179, 19:159] = 255                              # the crop of 140
@@ -316,11 +321,13 @@ def enormous():
 
 
 def test_broken_images(tmp_path):
-    """Catches a broken, cut, tiny or enormous image that is silently skipped, shifts its neighbours, ends in a
-    traceback, or is decoded into gigabytes; a format that is none of FORMATS; and files left by the refused run."""
+    """Catches a broken, cut, tiny or enormous image that is silently skipped, shifts its neighbours, ends in
+    a traceback, or is decoded into gigabytes; a format that is none of FORMATS; and files left by the refused
+    run."""
     good = {f"{i}.png": png((i, 0, 0), (16, 16)) for i in range(10)}
     noisy, gif = io.BytesIO(), io.BytesIO()
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(noisy, "JPEG")
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(noisy, "JPEG")
     Image.new("RGB", (16, 16)).save(gif, "GIF")
     bad = {"3b.png": b"not an image", "5b.jpg": noisy.getvalue()[:2000], "7b.png": png("red", (7, 20)),
            "8b.png": enormous(), "9b.png": b"", "9c.png": gif.getvalue()}
@@ -337,12 +344,13 @@ def test_broken_images(tmp_path):
     images = Images("mine", 8, tmp_path / "out")
     assert images.array[:, 0, 0, 0].tolist() == [0, 1, 3, 4, 5, 6, 7, 8, 9] and images.info["left_out"] == 7
     with pytest.raises(UserError, match="6 of 6 images.*Repair or remove them$"):
-        prepare(*flags, "--src", write_zip(tmp_path / "none.zip", bad), "--out", tmp_path / "out2", "--skip-broken")
+        prepare(*flags, "--src", write_zip(tmp_path / "none.zip", bad), "--out", tmp_path / "out2",
+                "--skip-broken")
 
 
 def test_cifar10_binary(tmp_path, monkeypatch):
-    """Catches a download that does not arrive, the label byte read as a pixel, channels or rows exchanged, and batches
-    in the order of the archive."""
+    """Catches a download that does not arrive, the label byte read as a pixel, channels or rows exchanged,
+    and batches in the order of the archive."""
     records = np.random.default_rng(2).integers(0, 256, (10_000, 3073), dtype=np.uint8)
     src = write_tar(tmp_path / "there.tar.gz", mode="w:gz", compresslevel=0, files={
         f"cifar-10-batches-bin/{name}": content for name, content in (
@@ -367,7 +375,8 @@ def test_imagenet_npz(tmp_path):
     for k, number in enumerate((1, 2, 10)):
         np.savez_compressed(tmp_path / f"train_data_batch_{number}.npz", data=rows[k], labels=np.arange(4))
     prepare("imagenet64", "--src", tmp_path, "--out", tmp_path / "out")
-    np.testing.assert_array_equal(Images("imagenet64", data_dir=tmp_path / "out").array, rows.reshape(12, 3, 64, 64))
+    images = Images("imagenet64", data_dir=tmp_path / "out")
+    np.testing.assert_array_equal(images.array, rows.reshape(12, 3, 64, 64))
     last = tmp_path / "train_data_batch_10.npz"
     whole, bad = last.read_bytes(), []
     for array in (np.array([{}], dtype=object), rows[0].astype(np.float32), rows[0][:, :3072]):
@@ -382,10 +391,11 @@ def test_imagenet_npz(tmp_path):
 
 
 def test_shapes(tmp_path):
-    """Catches an image that depends on more than (seed, i), images that are all alike, and texture or hard edges that
-    would hide the noise a model leaves."""
+    """Catches an image that depends on more than (seed, i), images that are all alike, and texture or hard
+    edges that would hide the noise a model leaves."""
     for name, count, seed, workers in (("a", 300, 0, 2), ("b", 70, 0, 1), ("c", 70, 1, 1)):
-        prepare("shapes", "--num-samples", count, "--seed", seed, "--workers", workers, "--out", tmp_path / name)
+        prepare("shapes", "--num-samples", count, "--seed", seed, "--workers", workers,
+                "--out", tmp_path / name)
     a, b, c = (Images("shapes", data_dir=tmp_path / name) for name in "abc")
     np.testing.assert_array_equal(a.array[:70], b.array)
     assert len({image.tobytes() for image in [*a.array, *c.array]}) == 370
@@ -395,8 +405,9 @@ def test_shapes(tmp_path):
 
 
 def test_subspace(tmp_path, capsys, monkeypatch):
-    """Catches a PCA without the mean, with variances for deviations or components out of order, data that are not on
-    the subspace or not Gaussian, a truth that is not theirs, and a wrong range. Independent: numpy's SVD."""
+    """Catches a PCA without the mean, with variances for deviations or components out of order, data that are
+    not on the subspace or not Gaussian, a truth that is not theirs, and a wrong range. Independent: numpy's
+    SVD."""
     monkeypatch.setitem(data.DRAWN, "shapes", 400)          # it draws its own shapes
     prepare("subspace", "--size", 8, "--components", 6, "--num-samples", 2500, "--out", tmp_path)
     images = Images("subspace", 8, tmp_path)
@@ -409,17 +420,19 @@ def test_subspace(tmp_path, capsys, monkeypatch):
     assert f"{(s[:6] ** 2).sum() / (s ** 2).sum():.1%}" in capsys.readouterr().out
     a = (x - truth["mean"]) @ truth["components"].T / truth["scale"]                     # [2500, 6]
     assert np.abs(x - truth["mean"] - (a * truth["scale"]) @ truth["components"]).max() < 1e-6
-    assert np.abs(a.mean(axis=0)).max() < 5 / 50 and np.abs(np.cov(a.T) - np.eye(6)).max() < 5 * (2 / 2500) ** 0.5
+    assert np.abs(a.mean(axis=0)).max() < 5 / 50
+    assert np.abs(np.cov(a.T) - np.eye(6)).max() < 5 * (2 / 2500) ** 0.5
     assert scipy.stats.kstest(a.ravel(), "norm").pvalue > 1e-4
     assert images.low == x.min() < -1 and images.high == x.max() and images.array.dtype == np.float32
     with pytest.raises(UserError, match="of subspace only"):
         Images("shapes", 8, tmp_path).truth()
     (tmp_path / "subspace-8.json").unlink()
-    with pytest.raises(UserError, match="--components 192: must be fewer than the 400 images of shapes and .* 192"):
+    with pytest.raises(UserError, match="--components 192: must be fewer than the 400 images of shapes "
+                                        "and .* 192"):
         prepare("subspace", "--size", 8, "--components", 192, "--out", tmp_path)
 
 
-# -------------------------------------------------------------------------------------------------- what is refused
+# -------------------------------------------------------------------------------------------- what is refused
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory):
@@ -444,14 +457,16 @@ def sources(tmp_path_factory):
     ("mine --src empty --size 8", "empty holds no images"),
     *[(f"mine --src {name} --size 8", f"{name} is not a folder, a whole zip or a whole uncompressed tar")
       for name in ("cut.zip", "later.zip", "text.zip", "t.tar.gz", "cut.tar", "/dev/null")],
-    ("cifar10 --src cut.tar.gz", "whole zip or tar"), ("cifar10 --src t.tar.gz", "data_batch_1.bin has 0 bytes"),
+    ("cifar10 --src cut.tar.gz", "whole zip or tar"),
+    ("cifar10 --src t.tar.gz", "data_batch_1.bin has 0 bytes"),
     ("cifar10 --split val", "train and test only"), ("mine --src good.zip", "--src and --size"),
     ("cifra10", "none of cifar10"), ("../x --src good.zip --size 8", "file name"),
     ("shapes --num-samples 0", "--num-samples 0: must be at least 1"), ("shapes --seed -1", "--seed -1"),
     ("cifar10 --num-samples 5", "--num-samples is not for cifar10"),
     ("shapes --src good.zip", "--src is not for shapes"),
     ("shapes --components 3", "--components is not for shapes"), ("shapes --workers 0", "--workers 0"),
-    ("shapes --size 0", "--size 0: must be at least 1"), ("subspace --size 64", "--size 64: must be from 1 to 32"),
+    ("shapes --size 0", "--size 0: must be at least 1"),
+    ("subspace --size 64", "--size 64: must be from 1 to 32"),
     ("subspace --components 0", "--components 0"),
     ("subspace --images butterflies", "python data.py butterflies --src"),
     ("mine --src good.zip --size 64", "20 of 20 .*too few for --size 64"),
@@ -467,8 +482,8 @@ def test_data_refuses(argv, expected, sources, tmp_path, monkeypatch):
 
 
 def test_full_disk(tmp_path, monkeypatch):
-    """Catches a traceback or a partial file when the disk fills up (here: a limit on the size of a file), and a run
-    that is begun although the disk is too small."""
+    """Catches a traceback or a partial file when the disk fills up (here: a limit on the size of a file), and
+    a run that is begun although the disk is too small."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, limits[1]))
     try:
@@ -483,11 +498,12 @@ def test_full_disk(tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == []
 
 
-# ----------------------------------------------------------------------------------- several runs, one after another
+# ---------------------------------------------------------------------------- several runs, one after another
 
 def test_same_command_again(tmp_path, capsys, monkeypatch):
-    """Catches work done twice, a lock where nothing is to be written (the folder may be read-only), other settings
-    silently answered with the old data, a run without its .json (killed between the two files) taken as finished."""
+    """Catches work done twice, a lock where nothing is to be written (the folder may be read-only), other
+    settings silently answered with the old data, a run without its .json (killed between the two files) taken
+    as finished."""
     flags = "shapes", "--size", 8, "--out", tmp_path
     prepare(*flags, "--num-samples", 30)
     before = (tmp_path / "shapes-8.npy").stat().st_mtime_ns
@@ -507,7 +523,8 @@ def test_same_command_again(tmp_path, capsys, monkeypatch):
 def test_several_processes_prepare_it_once(tmp_path, capsys):
     """Catches a second run of the same set that does its work again, gives up, or leaves its lock behind."""
     with ThreadPoolExecutor(3) as pool:
-        runs = [pool.submit(prepare, "shapes", "--num-samples", 500, "--size", 8, "--out", tmp_path) for _ in range(3)]
+        runs = [pool.submit(prepare, "shapes", "--num-samples", 500, "--size", 8, "--out", tmp_path)
+                for _ in range(3)]
     assert [each.result() for each in runs] == [None] * 3
     out, error = capsys.readouterr()
     assert out.count("opened with") == 1 and out.count("is there") == 2
@@ -526,13 +543,14 @@ def test_without_locks(tmp_path, monkeypatch):
 
 @contextlib.contextmanager
 def long_run(folder):
-    """A run of minutes with two workers, in a process group of its own, as soon as it has written something."""
+    """A run of minutes with two workers, in a process group of its own, once it has written something."""
     argv = "shapes", "--num-samples", "1000000", "--size", "8", "--workers", "2", "--out", str(folder)
     with subprocess.Popen([sys.executable, str(HERE / "data.py"), *argv], stderr=subprocess.PIPE, text=True,
                           start_new_session=True) as process:
         try:
             deadline = time.time() + 60
-            while not any(file.stat().st_size > 10_000 for file in folder.glob(".*")) and time.time() < deadline:
+            while (not any(file.stat().st_size > 10_000 for file in folder.glob(".*"))
+                   and time.time() < deadline):
                 time.sleep(0.02)
             yield process
         finally:
@@ -541,15 +559,15 @@ def long_run(folder):
 
 
 def test_killed_run(tmp_path):
-    """Catches a killed run that leaves what looks like a result, workers that live on, and a run that waits for it and
-    does not go on, or finds its partial files in the way."""
+    """Catches a killed run that leaves what looks like a result, workers that live on, and a run that waits
+    for it and does not go on, or finds its partial files in the way."""
     with ThreadPoolExecutor() as pool, long_run(tmp_path) as killed:
         second = pool.submit(prepare, "shapes", "--num-samples", 10, "--size", 8, "--out", tmp_path)
         with pytest.raises(TimeoutError):
             second.result(0.3)
         assert all(name.startswith(".") for name in os.listdir(tmp_path))
         killed.kill()
-        assert killed.communicate(timeout=10)[1] == ""      # which its workers could write to, if they lived on
+        assert killed.communicate(timeout=10)[1] == ""    # which its workers could write to, if they lived on
         assert second.result(20) is None
     assert len(Images("shapes", 8, tmp_path)) == 10
     assert sorted(os.listdir(tmp_path)) == ["shapes-8.json", "shapes-8.npy"]

@@ -1,6 +1,7 @@
 """run_all.sh: its commands, their order, and what it does when one fails or when it is stopped.
 
-Nothing is trained: a stand-in for Python writes down what it is asked to run and makes the files that would come of it.
+Nothing is trained: a stand-in for Python writes down what it is asked to run and makes the files that would
+come of it.
 """
 
 import argparse
@@ -18,7 +19,8 @@ import pytest
 from conftest import HERE
 
 STAND_IN = r"""#!/bin/sh
-# A command that holds $FAIL dies as if it were out of memory; one that holds $SLOW waits until it is told to end.
+# A command that holds $FAIL dies as if it were out of memory; one that holds $SLOW waits until it is told to
+# end.
 if [ "$1" = -c ]; then PYTHONPATH=$STUBS exec "$REAL_PYTHON" -S "$@"; fi
 echo "GPUs ${CUDA_VISIBLE_DEVICES-}: $*" >> "$COMMANDS"
 if [ "$2" = torch.distributed.run ]; then shift 5; fi
@@ -68,12 +70,13 @@ class Kit:
     def start(self, *argv, **environment):
         """bash run_all.sh ARGV as a process, in a process group of its own as a terminal gives it."""
         self.commands.write_text("")
-        environment = dict(PYTHON=str(self.folder / "python"), STUBS=str(self.folder / "stubs"), LANES="2", GPUS="0",
-                           REAL_PYTHON=sys.executable, COMMANDS=str(self.commands)) | environment
+        environment = dict(PYTHON=str(self.folder / "python"), STUBS=str(self.folder / "stubs"), LANES="2",
+                           GPUS="0", REAL_PYTHON=sys.executable, COMMANDS=str(self.commands)) | environment
         return subprocess.Popen(
             ["bash", "run_all.sh", *argv], cwd=self.folder, env=os.environ | environment, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))        # ignored where pytest runs behind &
+            # SIGINT is ignored where pytest runs behind &.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
 
     def run(self, *argv, **environment):
         """-> the commands given, what was printed, the exit status."""
@@ -114,7 +117,7 @@ class Parsed(Exception):
 
 
 def parsed(command, monkeypatch):
-    """The flags of a command as its script takes them, checked as well where the script has a function for it."""
+    """The flags of a command as its script takes them, and checked where it has a function for that."""
     script, *argv = command.split()
     module, parse = importlib.import_module(script.removesuffix(".py")), argparse.ArgumentParser.parse_args
 
@@ -130,8 +133,9 @@ def parsed(command, monkeypatch):
 
 @pytest.mark.parametrize("asked, chains", [("quick", 40), ("paper", 50), ("quick price", 30), ("dry", 50)])
 def test_commands_are_what_the_scripts_take(kit, monkeypatch, asked, chains):
-    """Catches a flag that a script does not know or refuses, a command or a score twice in a chain, a chain without
-    its data, a stage before the model or the samples that it needs, and an attack whose percentage is not exact."""
+    """Catches a flag that a script does not know or refuses, a command or a score twice in a chain, a chain
+    without its data, a stage before the model or the samples that it needs, and an attack whose percentage is
+    not exact."""
     listed = kit.listed(*asked.split(), TRAIN_FLAGS="--amp")
     scripts = {command.split()[0] for chain in listed for command in chain}
     every = {"data.py", "train.py", "sample.py", "attack.py", "fid.py", "memorize.py", "toy3d.py"}
@@ -159,7 +163,7 @@ def test_commands_are_what_the_scripts_take(kit, monkeypatch, asked, chains):
 
 
 def test_torchrun_takes_the_commands(kit):
-    """Catches flags that torchrun claims for itself, as --n was, and a launch on other GPUs than asked for."""
+    """Catches flags that torchrun claims for itself, as --n was, a launch on other GPUs than asked for."""
     from torch.distributed.run import parse_args
     _, printed, _ = kit.run("list", "paper", "table1", "fig8", GPUS_PER_MODEL="8")
     commands = re.findall(r"-m torch.distributed.run (.*?)(?: && |\n)", printed)
@@ -172,8 +176,9 @@ def test_torchrun_takes_the_commands(kit):
 
 
 def test_tables_one_after_another_and_what_is_there_is_skipped(kit):
-    """Catches a first report that comes after the last table, a stage that `list` does not name or a run does not do,
-    files beside runs/ and data/, a second run that begins again, and one that does not see what is missing."""
+    """Catches a first report that comes after the last table, a stage that `list` does not name or a run does
+    not do, files beside runs/ and data/, a second run that begins again, and one that does not see what is
+    missing."""
     there = set(kit.folder.iterdir())
     listed = [chain for table in ("fig6", "table4") for chain in kit.listed("quick", table)]
     given, printed, status = kit.run("quick", "fig6", "table4")
@@ -186,7 +191,8 @@ def test_tables_one_after_another_and_what_is_there_is_skipped(kit):
     assert done == {command for chain in listed[2:] for command in chain} - set(listed[0][:1])
     for chain in listed[2:]:
         assert [command for command in given if command in chain[1:]] == chain[1:]
-    assert set(kit.folder.iterdir()) - there == {kit.folder / "runs", kit.folder / "data", kit.commands} - there
+    made = {kit.folder / "runs", kit.folder / "data", kit.commands}
+    assert set(kit.folder.iterdir()) - there == made - there
     assert kit.listed("quick", "fig6", "table4") == []
     assert kit.run("quick", "fig6", "table4")[0] == [report]
     for file in (kit.folder / "runs/quick/subspace/adv-p0.9-s0.1-fine-tuned").glob("ddpm-*"):
@@ -196,7 +202,7 @@ def test_tables_one_after_another_and_what_is_there_is_skipped(kit):
 
 
 def test_price_has_a_folder_of_its_own(kit):
-    """Catches numbers of the price among the paper's tables, and a table after it that goes into its folder."""
+    """Catches numbers of the price among the paper's tables, a table after it that goes into its folder."""
     given, printed, status = kit.run("quick", "price", "cost", LANES="8")
     assert status == 0, printed
     cost = given[given.index("report.py --runs runs/price --tables price"):]
@@ -208,8 +214,8 @@ def test_price_has_a_folder_of_its_own(kit):
 
 @pytest.mark.parametrize("lanes", ["1", "2"])
 def test_a_stage_that_dies_ends_its_chain_alone(kit, lanes):
-    """Catches a stage killed for memory that is taken for Ctrl-C and stops all, one that is not named with its status
-    and the end of its output, one whose chain goes on without it, and exit status 0."""
+    """Catches a stage killed for memory that is taken for Ctrl-C and stops all, one that is not named with
+    its status and the end of its output, one whose chain goes on without it, and exit status 0."""
     given, printed, status = kit.run("quick", "fig6", "fig7", LANES=lanes, FAIL="--method ddpm")
     assert status == 1 and "out of memory" in printed
     assert re.search(r"FAILED with status 137: \S+ train.py .*--method ddpm", printed)
@@ -222,11 +228,13 @@ def test_a_stage_that_dies_ends_its_chain_alone(kit, lanes):
 
 @pytest.mark.parametrize("how", ["TERM", "TERM to all", "Ctrl-C"])
 def test_stopping_ends_what_was_started(kit, how):
-    """Catches commands that go on alone, ones that are not given the time to save, ones that are told twice, which
-    kills train.py before it has saved, lanes that begin another command, and a stop that looks like an end."""
+    """Catches commands that go on alone, ones that are not given the time to save, ones that are told twice,
+    which kills train.py before it has saved, lanes that begin another command, and a stop that looks like an
+    end."""
     process = kit.start("quick", "table1", SLOW="--method")
     running = kit.wait_for(2)
-    assert all(os.getpgid(int(pid)) != process.pid for pid in running)      # what goes to all does not reach them too
+    # What goes to all does not reach them too.
+    assert all(os.getpgid(int(pid)) != process.pid for pid in running)
     if how == "TERM":
         process.send_signal(signal.SIGTERM)
     else:
@@ -244,9 +252,10 @@ def test_stopping_ends_what_was_started(kit, how):
 
 @pytest.mark.parametrize("environment, expected", [
     (dict(GPUS="3"), {"0", "1", "2"}), (dict(GPUS="4", GPUS_PER_MODEL="2"), {"0,1", "2,3"}),
-    (dict(GPUS="2", CUDA_VISIBLE_DEVICES="5,7"), {"5", "7"}), (dict(GPUS="1"), {"0"}), (dict(GPUS="0"), {""})])
+    (dict(GPUS="2", CUDA_VISIBLE_DEVICES="5,7"), {"5", "7"}), (dict(GPUS="1"), {"0"}),
+    (dict(GPUS="0"), {""})])
 def test_every_chain_has_its_gpus(kit, environment, expected):
-    """Catches lanes that share a GPU while another idles, and ones beyond what CUDA_VISIBLE_DEVICES allows."""
+    """Catches lanes that share a GPU while another idles, ones beyond what CUDA_VISIBLE_DEVICES allows."""
     environment = dict(CUDA_VISIBLE_DEVICES="", LANES="", SLOW="train.py") | environment
     if environment["CUDA_VISIBLE_DEVICES"] == "":
         del environment["CUDA_VISIBLE_DEVICES"]
@@ -277,7 +286,7 @@ REFUSALS = [
 
 @pytest.mark.parametrize("argv, environment, line", REFUSALS)
 def test_refusals(kit, argv, environment, line):
-    """Catches what would be found only when hours are spent: each is one line, status 2, before anything starts."""
+    """Catches what would be found only when hours are spent: each is one line, status 2, before any start."""
     given, printed, status = kit.run(*argv.split(), **environment)
     assert status == 2 and not given and not (kit.folder / "runs").exists()
     assert printed.startswith("run_all.sh: error: ") and line in printed and printed.count("\n") == 1

@@ -206,11 +206,47 @@ def test_sampling_resumes_from_finished_shards(run, tmp_path, monkeypatch):
     assert np.array_equal(images, sampled(run, tmp_path / "whole.npz", *argv)[0])
 
 
+def test_finished_samples_are_left_alone(run, tmp_path, capsys, monkeypatch):
+    """The same command again, and a process that comes when the first has finished without it: catches work done
+    twice, and a wait for shards that are gone. Other settings are made anew."""
+    argv = "--num-samples", 2, "--steps", 3, "--batch", 1
+    images, _ = sampled(run, tmp_path / "s.npz", *argv)
+    before = (tmp_path / "s.npz").read_bytes()
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        sample.main([str(run), *map(str, argv), "--out", str(tmp_path / "s.npz")])
+    monkeypatch.undo()
+    assert (tmp_path / "s.npz").read_bytes() == before
+    assert capsys.readouterr().out.count("nothing to do") == 1
+    other, _ = sampled(run, tmp_path / "s.npz", *argv, "--seed", 1)
+    assert not np.array_equal(images, other)
+
+
+def test_waits_end(run, tmp_path, monkeypatch):
+    """A second process whose first never comes is told what it waits for; a process without shards does not wait; a
+    damaged note is named. Catches a wait without an end."""
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(sample, "PATIENCE", 0.2)
+    argv = [str(run), "--steps", "3", "--batch", "1", "--out", str(tmp_path / "s.npz")]
+    with pytest.raises(UserError, match="waited 0.2 s for the first process to begin .*s.npz.shards"):
+        sample.main([*argv, "--num-samples", "2"])
+    sample.main([*argv, "--num-samples", "1"])
+    (tmp_path / "s.npz.shards").mkdir()
+    (tmp_path / "s.npz.shards" / "protocol.json").write_text('{"half')
+    with pytest.raises(UserError, match="protocol.json: damaged .*; delete the folder"):
+        sample.main([*argv, "--num-samples", "2"])
+    assert [path.name for path in tmp_path.iterdir()] == ["s.npz.shards"]
+
+
 # --------------------------------------------------------------------------------------------------- refusals
 
 @pytest.mark.parametrize("argv, expected", [
     ("--num-samples 0", "--num-samples 0: must be from 1"), ("--batch 0", "--batch 0"),
-    ("--steps 26", "--steps 26: .*2 to 25"), ("--steps 1", "--steps 1: .*2 to 25"),
+    ("--steps 26", "--steps 26: .*2 to 25"), ("--steps 1", "--steps 1: must be from 2"),
+    ("--steps 0", "--steps 0: must be from 2"), ("--heads 7", "--heads 7: .* its heads is 2; leave the flag out"),
+    ("--schedule cosine", "its schedule is linear"), ("--timesteps 9", "its timesteps is 25"),
     ("--out s.png", "--out s.png: the name must end in .npz"), ("--out /proc/s.npz", "/proc/s.npz"),
     ("--variance learned", "--variance learned: .*does not predict its variance")])
 def test_sample_refuses(argv, expected, run, tmp_path, monkeypatch, capsys):

@@ -60,6 +60,7 @@ def two_process_jobs(folder, shapes):
     (folder / "swapped-1").mkdir()
     (folder / "swapped-1" / "checkpoint.pt").touch()
     return [*jobs, ("stopped", "train", [*apart, "--steps", "2"]), ("resumed", "train", apart),
+            ("benchmark", "train", [*like_one(shapes, folder / "benchmark", "paper"), "--benchmark"]),
             ("swapped", "train", flags(shapes, folder / "swapped-{rank}", "--steps", 2)),
             ("seeds", "train", flags(shapes, folder / "disagree", "--steps", 2, "--seed", "{rank}")),
             ("lengths", "train", flags(shapes, folder / "disagree", "--steps", "2{rank}"))]
@@ -144,7 +145,7 @@ def test_a_signal_saves_and_leaves(shapes, trained, tmp_path, monkeypatch, capsy
         assert leaving.value.code == 128 + number and f"after step {step}: saved" in capsys.readouterr().out
         assert unet.load_checkpoint(tmp_path / "run")["step"] == step
         with open(tmp_path / "run" / "log.jsonl", "a") as log:      # as if a kill had come some steps later
-            log.write(json.dumps({"step": step + 1, "ddpm": 1e9}) + "\n")
+            log.write(json.dumps({"step": step + 1, "ddpm": 1e9}) + "\n" + '{"step": 1, "dd')      # half a line
     monkeypatch.setattr(train.Trainer, "advance", advance)
     train.main(argv)
     assert_same(tensors(tmp_path / "run"), tensors(trained))
@@ -225,11 +226,19 @@ def test_machines_without_a_common_folder_go_on_as_one(two_processes):
         assert "process 1 finds a checkpoint there and process 0 does not" in said
 
 
+def test_benchmark_of_two_processes(two_processes):
+    """All take as many steps of a method: catches each deciding by its own clock, whose sums then meet
+    another's."""
+    folder, results = two_processes
+    assert results["benchmark"] == ["ok", "ok"]
+    assert json.loads((folder / "benchmark" / "benchmark.json").read_text())["world"] == 2
+
+
 def test_slurm_tasks_that_do_not_know_of_each_other_stop(shapes, tmp_path, monkeypatch):
     """srun with two tasks and no launcher: catches each of them believing that it is alone."""
-    for name, value in dict(SLURM_NTASKS="2", SLURM_PROCID="1").items():
+    for name, value in dict(SLURM_STEP_NUM_TASKS="2", SLURM_PROCID="0").items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(UserError, match="this is task 1 of Slurm's 2"):
+    with pytest.raises(UserError, match="this is task 0 of several that srun has started"):
         train.main(flags(shapes, tmp_path / "run", "--steps", 2))
     assert not (tmp_path / "run").exists()
 
@@ -343,7 +352,7 @@ def test_benchmark_measures_and_trains_nothing(shapes, trained):
     assert list(found["methods"]) == ["ddpm", "ran", "adv"]
     assert all(cell["seconds"] > 0 and cell["peak_gib"] > 0 for cell in found["methods"].values())
     ddpm, adv = (found["methods"][method]["seconds"] for method in ("ddpm", "adv"))
-    assert adv > 1.2 * ddpm                                 # three times the forwards
+    assert adv > ddpm                                       # three times the forwards
     assert (found["batch"], found["device"], found["torch"], found["threads"]) == (
         2, "cuda" if torch.cuda.is_available() else "cpu", torch.__version__, torch.get_num_threads())
     assert found["config"]["process"]["timesteps"] == 8
