@@ -679,7 +679,8 @@ def fig8(results):
               [*QUALITY, "displacement", "by random signs as large"])
         + f"\npgd and eot: {span(r['iters'] for r in attacked)} iterations; eot: "
         f"{span(r['draws'] for r in attacked)} draws; as printed: Algorithms 3 and 4 but for 4's cost; "
-        "noise: random signs; drift: ours. Displacement: rms a pixel, from the same noise's images without attack.\n"
+        "noise: random signs; drift: ours. Displacement: rms a pixel, from the same noise's images without "
+        "attack.\n"
         + attack_curves(results, rows))
 
 

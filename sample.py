@@ -168,7 +168,7 @@ def generate(job, out, attack_on=None, finish=None):
         print(f"{protocol['num_samples']} images of {data['name']} {shape[1]}x{shape[2]} from "
               f"{protocol['checkpoint']} (step {protocol['step']}, {weights}), {protocol['sampler']}, "
               f"{protocol['steps']} steps, {process.world} process(es) on {process.device.type}", flush=True)
-    todo = [k for k in range(process.rank, len(shards), process.world) if not shards.path(k).exists()]
+    todo = [k for k in range(process.rank, len(shards), process.world) if not shards.finished(k)]
     progress = Progress(sum(len(shards.indices(k)) for k in todo), "images", "sampling")
     for k in todo:
         indices = shards.indices(k)
@@ -192,9 +192,11 @@ def protocol_of(out):
     """The protocol of a finished .npz of ours, or None where there is none."""
     try:
         with zipfile.ZipFile(out) as archive, archive.open("protocol.npy") as member:
-            return json.loads(str(np.lib.format.read_array(member, allow_pickle=False)))
-    except (OSError, KeyError, ValueError, zipfile.BadZipFile):
-        return None
+            if archive.getinfo("protocol.npy").file_size < 1 << 20:
+                return json.loads(str(np.lib.format.read_array(member, allow_pickle=False)))
+    except Exception:                                       # no such file, or a foreign one: anything
+        pass
+    return None
 
 
 class Shards:
@@ -216,6 +218,8 @@ class Shards:
         note, began, there = self.folder / "protocol.json", time.monotonic(), None
         while True:
             if protocol_of(self.out) == self.protocol:
+                if first:                                   # one that was killed may have left it
+                    shutil.rmtree(self.folder, ignore_errors=True)
                 return False
             try:
                 there = json.loads(note.read_text()) if note.exists() else None
@@ -224,15 +228,14 @@ class Shards:
             if first or there is not None:
                 break
             if time.monotonic() - began > PATIENCE:
-                raise UserError(f"waited {PATIENCE} s for the first process to begin {self.folder}: is it running, "
-                                "on the same folder? RANK and WORLD_SIZE say that there are several")
+                raise UserError(f"waited {PATIENCE} s for the first process to begin {self.folder}: is it "
+                                "running, on the same folder? RANK and WORLD_SIZE say that there are several")
             time.sleep(0.1)
         if there is not None and there != self.protocol:
             there = there if isinstance(there, dict) else {}
             name = next(k for k in there | self.protocol if there.get(k) != self.protocol.get(k))
             raise UserError(f"{self.folder}: holds shards of another run ({name} {there.get(name)}, now "
-                            f"{self.protocol.get(name)}); finish that run, delete the folder, or choose another "
-                            "--out")
+                            f"{self.protocol.get(name)}); finish that, delete them, or choose another --out")
         if first:
             with atomic_write(note) as temporary:
                 temporary.write_text(json.dumps(self.protocol))
@@ -249,6 +252,14 @@ class Shards:
     def path(self, k):
         """The file of shard k; its measures, of an attack, lie beside it."""
         return self.folder / f"{k:06d}.npy"
+
+    def finished(self, k):
+        """Whether shard k is there. One that a crash of the machine has damaged is not, and is made again."""
+        try:
+            return len(np.load(self.path(k), mmap_mode="r", allow_pickle=False)) == len(self.indices(k))
+        except (OSError, ValueError, EOFError):
+            self.path(k).unlink(missing_ok=True)
+            return False
 
     def write(self, k, images, measures=None):
         """Keeps the images [B, H, W, C] of shard k, which is finished once they are there, and its

@@ -60,7 +60,8 @@ def test_residual_block_with_additive_embedding():
 def test_group_norm_values_and_gradients():
     """The kit's own normalisation: values against PyTorch's in float64, gradients against finite
     differences."""
-    x = torch.randn(3, 8, 4, 5, dtype=torch.float64, requires_grad=True) + 50      # a mean far from 0: no cancellation
+    # a mean far from 0: no cancellation
+    x = torch.randn(3, 8, 4, 5, dtype=torch.float64, requires_grad=True) + 50
     weight = torch.randn(3, 1, 8, dtype=torch.float64, requires_grad=True)
     bias = torch.randn(3, 1, 8, dtype=torch.float64, requires_grad=True)
     expected = F.group_norm(x, 4) * weight.transpose(1, 2)[..., None] + bias.transpose(1, 2)[..., None]
@@ -76,7 +77,8 @@ def test_attention_splits_heads_first():
     attention = randomised(unet.Attention(64, heads=2)).double()
     attention.norm.float()                                  # GroupNorm is float32 by design
     x = torch.randn(2, 64, 3, 3)
-    tokens = F.group_norm(x.double(), 32, attention.norm.weight.double(), attention.norm.bias.double()).flatten(2)
+    weight, bias = attention.norm.weight.double(), attention.norm.bias.double()
+    tokens = F.group_norm(x.double(), 32, weight, bias).flatten(2)
     qkv = attention.qkv.weight[:, :, 0] @ tokens + attention.qkv.bias[:, None]             # [2, 192, 9]
     out = []
     for head in qkv.chunk(2, dim=1):
@@ -115,13 +117,15 @@ def test_presets_have_the_published_sizes():
     assert sum(p.numel() for p in learned.parameters()) == 52_546_438
 
 
-@pytest.mark.parametrize("preset, size", [("cifar10", 32), ("imagenet64", 64), ("lsun_bedroom", 256), ("small", 32)])
+@pytest.mark.parametrize("preset, size", [
+    ("cifar10", 32), ("imagenet64", 64), ("lsun_bedroom", 256), ("small", 32)])
 def test_architecture_is_read_off_a_bare_state_dict(preset, size):
     """Every preset, from its tensors alone."""
+    learn_sigma = preset == "cifar10"
     with torch.device("meta"):
-        state = UNet(size=size, learn_sigma=preset == "cifar10", **PRESETS[preset]).state_dict()
+        state = UNet(size=size, learn_sigma=learn_sigma, **PRESETS[preset]).state_dict()
     found = unet.network_of(state, size, PRESETS[preset]["heads"])
-    expected = dict(size=size, in_channels=3, scale_shift=True, learn_sigma=preset == "cifar10") | PRESETS[preset]
+    expected = dict(size=size, in_channels=3, scale_shift=True, learn_sigma=learn_sigma) | PRESETS[preset]
     assert found == {k: v for k, v in expected.items() if k != "dropout"}
 
 
@@ -135,14 +139,16 @@ def test_schedule_in_closed_form():
     assert float(linear.alpha_bar[1]) == pytest.approx((1 - 1e-4) * (1 - 1e-4 - 0.0199 / 999), rel=1e-14)
     assert float(Schedule.named("linear", 100).beta[-1]) == pytest.approx(0.2, rel=1e-14)
     cosine = Schedule.named("cosine", 10)
-    assert float(cosine.alpha_bar[4]) == pytest.approx(math.cos(0.508 / 1.008 * math.pi / 2) ** 2
-                                                       / math.cos(0.008 / 1.008 * math.pi / 2) ** 2, rel=1e-12)
+    middle, start = (math.cos(share / 1.008 * math.pi / 2) ** 2 for share in (0.508, 0.008))
+    assert float(cosine.alpha_bar[4]) == pytest.approx(middle / start, rel=1e-12)
     short = linear.respaced(300)
     assert short.t[:4].tolist() == [0, 3, 7, 10] and short.t[-2:].tolist() == [996, 999]
     assert torch.allclose(short.alpha_bar, linear.alpha_bar[short.t], rtol=1e-12)
-    assert float(short.log_variance_large[1]) == pytest.approx(math.log(1 - linear.alpha_bar[3] / linear.alpha_bar[0]))
+    respaced_beta = 1 - linear.alpha_bar[3] / linear.alpha_bar[0]
+    assert float(short.log_variance_large[1]) == pytest.approx(math.log(respaced_beta))
     beta, before = linear.beta[500], 1 - linear.alpha_bar[499]   # of q(x_{t-1} | x_t, x_0): precisions add up
-    assert float(linear.posterior_variance[500]) == pytest.approx(float(1 / ((1 - beta) / beta + 1 / before)), rel=1e-12)
+    by_bayes = float(1 / ((1 - beta) / beta + 1 / before))
+    assert float(linear.posterior_variance[500]) == pytest.approx(by_bayes, rel=1e-12)
 
 
 # ------------------------------------------------------------------------------------ the losses (Eq. 2 to 8)
@@ -160,8 +166,8 @@ def linear_case(seed=0, batch=4, dims=3):
 
 
 @pytest.mark.parametrize("method, lam_units, omega, gamma", [
-    ("adv", "x", 2.0, 8 / 255), ("adv", "eps", 2.0, 8 / 255), ("adv", "x", 3.0, 0.1), ("ran", "x", 2.0, 8 / 255),
-    ("inv", "x", 2.0, 8 / 255), ("ddpm", "x", 2.0, 8 / 255)])
+    ("adv", "x", 2.0, 8 / 255), ("adv", "eps", 2.0, 8 / 255), ("adv", "x", 3.0, 0.1),
+    ("ran", "x", 2.0, 8 / 255), ("inv", "x", 2.0, 8 / 255), ("ddpm", "x", 2.0, 8 / 255)])
 def test_losses_by_hand(method, lam_units, omega, gamma):
     """Eq. 2, 3, 6, 7, 8, 14 and lambda_t in numpy, value and gradient: signs, targets, units, both outputs'
     gradients."""
@@ -196,7 +202,8 @@ def test_losses_by_hand(method, lam_units, omega, gamma):
     for k in np.ndindex(*w.shape):
         step = np.zeros_like(w)
         step[k] = 1e-5
-        numeric[k] = (sum(part.sum() for part in loss(w + step)) - sum(part.sum() for part in loss(w - step))) / 2e-5
+        above, below = (sum(part.sum() for part in loss(moved)) for moved in (w + step, w - step))
+        numeric[k] = (above - below) / 2e-5
     assert np.allclose(gradient, numeric, rtol=1e-6, atol=1e-6)
 
 
@@ -258,11 +265,13 @@ def test_minimiser_on_gaussian_data(method, factor, t):
     gain = best.clone().requires_grad_()
     beta = 0.5 + 1.5 * torch.rand(N, generator=g, dtype=torch.float64)
     u = 2 * torch.rand(N, D, generator=g, dtype=torch.float64) - 1
-    terms = train.training_loss(lambda x, _: gain * x, schedule, math.sqrt(v) * normal(N, D), torch.full((N,), t),
-                                normal(N, D), beta, u, method)
+    x_0, eps = math.sqrt(v) * normal(N, D), normal(N, D)
+    steps = torch.full((N,), t)
+    terms = train.training_loss(lambda x, _: gain * x, schedule, x_0, steps, eps, beta, u, method)
     slope, = torch.autograd.grad(sum(term.mean() for term in terms.values()), gain, create_graph=True)
     curvature, = torch.autograd.grad(slope, gain)
-    assert abs(float((slope / curvature).detach())) < 0.015 * float(best)              # Newton's step: the loss is quadratic
+    # Newton's step: the loss is quadratic
+    assert abs(float((slope / curvature).detach())) < 0.015 * float(best)
 
 
 def test_variational_bound_is_a_likelihood():
@@ -279,9 +288,11 @@ def test_variational_bound_is_a_likelihood():
     x_0, v = 0.25, -0.5
     small = beta * (1 - before) / (1 - ab)
     variance = math.exp(0.25 * math.log(beta) + 0.75 * math.log(small))
-    mean = lambda x: math.sqrt(before) * beta / (1 - ab) * x + math.sqrt(1 - beta) * (1 - before) / (1 - ab) * 0.1
+    of_x_t = math.sqrt(1 - beta) * (1 - before) / (1 - ab) * 0.1
+    mean = lambda x: math.sqrt(before) * beta / (1 - ab) * x + of_x_t
     x0_hat = (0.1 - math.sqrt(1 - ab) * 0.4) / math.sqrt(ab)
-    kl = 0.5 * (math.log(variance / small) - 1 + small / variance + (mean(x_0) - mean(x0_hat)) ** 2 / variance)
+    distance = (mean(x_0) - mean(x0_hat)) ** 2
+    kl = 0.5 * (math.log(variance / small) - 1 + small / variance + distance / variance)
     one = torch.full((1, 1, 1, 1), 1.0, dtype=torch.float64)
     term = train.variational_bound(schedule, x_0 * one, 0.1 * one, torch.tensor([t]), 0.4 * one, v * one)
     assert float(term) == pytest.approx(kl / math.log(2), rel=1e-9)
@@ -292,11 +303,14 @@ def test_learned_variance_ends_at_log_beta():
     clipped small."""
     schedule = Schedule.named("linear", 1000)
     one = torch.ones(2, 1, 1, 1, dtype=torch.float64)
-    high, low = (schedule.log_variance("learned", one, torch.tensor([0, 500]), sign * one).flatten() for sign in (1, -1))
+    high, low = (schedule.log_variance("learned", one, torch.tensor([0, 500]), sign * one).flatten()
+                 for sign in (1, -1))
     beta = np.linspace(1e-4, 0.02, 1000)
     alpha_bar = np.cumprod(1 - beta)
-    small = beta[[1, 500]] * (1 - alpha_bar[[0, 499]]) / (1 - alpha_bar[[1, 500]])      # at t = 0: the second step's
-    assert high.tolist() == pytest.approx(np.log(beta[[0, 500]])) and float(high[0]) == pytest.approx(-9.21, abs=0.005)
+    # at t = 0: the second step's
+    small = beta[[1, 500]] * (1 - alpha_bar[[0, 499]]) / (1 - alpha_bar[[1, 500]])
+    assert high.tolist() == pytest.approx(np.log(beta[[0, 500]]))
+    assert float(high[0]) == pytest.approx(-9.21, abs=0.005)
     assert low.tolist() == pytest.approx(np.log(small))
 
 
@@ -326,15 +340,17 @@ def test_ambient_minimiser_of_a_gaussian(sigma_n, t):
     a = schedule.alpha_bar[t]
     best = float((1 - a).sqrt() / (a * s**2 + 1 - a))
     c = torch.tensor(best, dtype=torch.float64, requires_grad=True)
-    loss = train.ambient_loss(lambda x, t: c * x, schedule, y, steps, eps, known)["ddpm"].mean()
+    predict = lambda x, t: c * x
+    loss = train.ambient_loss(predict, schedule, y, steps, eps, known)["ddpm"].mean()
     if ((1 - a) / a).sqrt() <= sigma_n:
         assert float(loss.detach()) == 0
         return
     first, = torch.autograd.grad(loss, c, create_graph=True)
     second, = torch.autograd.grad(first, c)
-    assert float((first / second).detach()) == pytest.approx(0, abs=0.02 * best)       # Newton's step from there is none
+    # Newton's step from there is none
+    assert float((first / second).detach()) == pytest.approx(0, abs=0.02 * best)
     if sigma_n == 0:
-        clean = train.training_loss(lambda x, t: c * x, schedule, y, steps, eps, torch.ones(N).double(), None, "ddpm")
+        clean = train.training_loss(predict, schedule, y, steps, eps, torch.ones(N).double(), None, "ddpm")
         assert float(loss.detach()) == pytest.approx(float(clean["ddpm"].mean().detach()), rel=1e-12)
 
 
@@ -344,22 +360,26 @@ def test_what_the_noise_aware_baseline_is_told(shapes):
     images = Images("shapes", 8, shapes, 0.75, 0.2, 3)
     truth = images.corrupted(np.arange(len(images)))
     told = {flags: train.assumed_noise(images, flags, 0.25) for flags in ("oracle", "conf1", "conf2")}
-    assert np.array_equal(told["oracle"], np.where(truth, np.float32(0.25), 0)) and 0 < truth.sum() < len(truth)
-    assert (told["conf2"] == 0.25).all() and np.array_equal(told["conf1"], train.assumed_noise(images, "conf1", 0.25))
+    assert np.array_equal(told["oracle"], np.where(truth, np.float32(0.25), 0))
+    assert 0 < truth.sum() < len(truth)
+    assert (told["conf2"] == 0.25).all()
+    assert np.array_equal(told["conf1"], train.assumed_noise(images, "conf1", 0.25))
     many = type("Many", (), dict(corrupted=lambda self, index: index % 4 == 0, p=0.75, sigma=0.2, data_seed=3,
                                  __len__=lambda self: 40_000))()
     wrong = (train.assumed_noise(many, "conf1", 0.25) > 0) != (np.arange(40_000) % 4 == 0)
-    assert wrong[::4].mean() == pytest.approx(0.75, abs=0.02) and wrong[1::4].mean() == pytest.approx(0.75, abs=0.02)
+    assert wrong[::4].mean() == pytest.approx(0.75, abs=0.02)
+    assert wrong[1::4].mean() == pytest.approx(0.75, abs=0.02)
 
 
 # -------------------------------------------------------------------------------------- Algorithm 1 as a step
 
 def trainer(device="cpu", **changes):
     """A Trainer of the tiny network on 8x8 images, in this process."""
-    training = dict(method="adv", lam=0.3, lam_units="x", omega=2.0, gamma=8 / 255, batch=4, lr=1e-3, ema=0.99,
-                    amp=False, seed=0, reg_share=1.0, balance=False)
+    training = dict(method="adv", lam=0.3, lam_units="x", omega=2.0, gamma=8 / 255, batch=4, lr=1e-3,
+                    ema=0.99, amp=False, seed=0, reg_share=1.0, balance=False)
     network = dict(size=8, dropout=0.0, **TINY) | changes.pop("network", {})
-    config = dict(network=network, process=dict(schedule="linear", timesteps=1000), data={}, training=training | changes)
+    process = dict(schedule="linear", timesteps=1000)
+    config = dict(network=network, process=process, data={}, training=training | changes)
     return train.Trainer(config, None, False, SimpleNamespace(rank=0, world=1, device=torch.device(device)))
 
 
@@ -379,8 +399,8 @@ def test_step_is_algorithm_1(method):
     losses = t.advance(x_0)
     schedule = Schedule.named("linear", 1000).to("cpu")
     step, beta, eps, u, _ = train.draw(0, 0, 4, (3, 8, 8), 1000, "cpu")
-    terms = train.training_loss(other, schedule, x_0, step, eps, beta, u, method, lam=0.7, omega=3.0, gamma=0.1,
-                                lam_units="eps")
+    terms = train.training_loss(other, schedule, x_0, step, eps, beta, u, method,
+                                lam=0.7, omega=3.0, gamma=0.1, lam_units="eps")
     sum(term.mean() for term in terms.values()).backward()
     means = {name: float(term.detach().mean()) for name, term in terms.items()}
     assert {name: float(loss) for name, loss in losses.items()} == pytest.approx(means)
@@ -394,7 +414,8 @@ def test_step_is_algorithm_1(method):
 def test_plan_of_beyond_reaches_the_loss(monkeypatch):
     """Catches its t, its weights or its factor of lambda left out of the step, or given to one of the terms
     alone."""
-    t, asked, weight = trainer(method="ran"), torch.tensor([5, 51, 400, 900]), torch.tensor([0.1, 0.7, 2.0, 0.4])
+    t = trainer(method="ran")
+    asked, weight = torch.tensor([5, 51, 400, 900]), torch.tensor([0.1, 0.7, 2.0, 0.4])
     randomised(t.model)
     monkeypatch.setattr(beyond, "plan", lambda *args: (asked, weight, [(slice(0, 4), "ran", 3.0)]))
     model, x_0 = copy.deepcopy(t.model), torch.randn(4, 3, 8, 8)
@@ -412,8 +433,8 @@ def test_dropout_has_one_mask_for_all_passes():
     randomised(t.model)
     x, early = torch.randn(4, 3, 8, 8), torch.tensor([1, 2, 3, 4])          # where r is tiny
     network = t.with_one_dropout_mask(slice(0, 4))
-    terms = train.training_loss(network, t.schedule, x, early, torch.randn(4, 3, 8, 8), torch.ones(4), torch.ones(4, 3, 8, 8),
-                                "ran", gamma=1e-7, omega=40.0)
+    terms = train.training_loss(network, t.schedule, x, early, torch.randn(4, 3, 8, 8), torch.ones(4),
+                                torch.ones(4, 3, 8, 8), "ran", gamma=1e-7, omega=40.0)
     assert bool((terms["reg"] < 1e-3 * terms["ddpm"]).all())
     first = network(x, early)
     assert torch.equal(first, network(x, early))
@@ -442,7 +463,8 @@ def test_draws_are_keyed_by_seed_and_step():
     assert all(torch.equal(a, b) for a, b in zip((t, beta, eps, u, chance), again))
     assert not torch.equal(eps, train.draw(0, 8, 4096, (3,), 1000, "cpu")[2])
     assert not torch.equal(eps, train.draw(1, 7, 4096, (3,), 1000, "cpu")[2])
-    assert int(t.min()) < 5 and int(t.max()) > 994 and float(t.double().mean()) == pytest.approx(499.5, abs=15)
+    assert int(t.min()) < 5 and int(t.max()) > 994
+    assert float(t.double().mean()) == pytest.approx(499.5, abs=15)
     assert 0.5 <= float(beta.min()) < 0.51 and 1.99 < float(beta.max()) <= 2
     assert float(u.abs().max()) <= 1 and float(u.std()) == pytest.approx(1 / math.sqrt(3), abs=0.01)
     assert float(eps.mean()) == pytest.approx(0, abs=0.05) and float(eps.std()) == pytest.approx(1, abs=0.02)
@@ -468,7 +490,8 @@ def on_meta(monkeypatch):
     """The meta device, on which reading a value raises, as does a tensor of another device: it has no
     autocast, no generators and no fused optimiser, which are stubbed."""
     plain = torch.optim.AdamW
-    monkeypatch.setattr(torch.optim, "AdamW", lambda parameters, lr, weight_decay, fused: plain(parameters, lr))
+    monkeypatch.setattr(torch.optim, "AdamW",
+                        lambda parameters, lr, weight_decay, fused: plain(parameters, lr))
     monkeypatch.setattr(torch, "autocast", nothing)
     def stub(purpose, seed, index=0, device="cpu"):
         if torch.device(device).type != "meta":
@@ -576,7 +599,8 @@ def test_regulariser_on_a_share_is_unbiased(reg_share, micro, monkeypatch):
     batch's gradient at any share and microbatch; and the DDPM term, which sees every row at every share."""
     same = [part[:1].expand(8, *part.shape[1:]) for part in train.draw(0, 0, 8, (3, 8, 8), 1000, "cpu")]
     monkeypatch.setattr(train, "draw", lambda *args: same)  # eight times the same draws, and the same image
-    plan = lambda lam_t, t, *rest: (t, torch.ones(8), beyond_plan(lam_t, t, *rest)[2])      # drawn t: a test of its own
+    # drawn t: a test of its own
+    plan = lambda lam_t, t, *rest: (t, torch.ones(8), beyond_plan(lam_t, t, *rest)[2])
     beyond_plan = beyond.plan
     monkeypatch.setattr(beyond, "plan", plan)
     x_0 = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(1)).expand(8, -1, -1, -1)
@@ -587,7 +611,8 @@ def test_regulariser_on_a_share_is_unbiased(reg_share, micro, monkeypatch):
         t.microbatch = microbatch or t.microbatch
         found.append((t.advance(x_0), gradients(t)))
     assert difference(found[0][1], found[1][1]) < 1e-5
-    assert all(float(found[0][0][name]) == pytest.approx(float(found[1][0][name]), rel=1e-5) for name in ("ddpm", "reg"))
+    for name in ("ddpm", "reg"):
+        assert float(found[0][0][name]) == pytest.approx(float(found[1][0][name]), rel=1e-5)
 
 
 def test_a_share_must_be_whole_rows():
@@ -628,7 +653,8 @@ def test_the_mean_is_of_the_clamped_x0():
     = 1."""
     schedule, i = Schedule.named("linear", 1000), torch.tensor([500])
     x = torch.full((1, 3, 2, 2), 0.3, dtype=torch.float64)
-    ab, before, beta = (float(table[500]) for table in (schedule.alpha_bar, schedule.alpha_bar_prev, schedule.beta))
+    ab, before, beta = (float(table[500])
+                        for table in (schedule.alpha_bar, schedule.alpha_bar_prev, schedule.beta))
     far = lambda x, t: torch.full_like(x, -50.0)
     ddpm, ddim = (sample.reverse_step(far, schedule, x, i, sampler=name) for name in ("ddpm", "ddim"))
     assert bool((ddpm.x0_hat == 1).all())
@@ -651,13 +677,15 @@ def test_sampler_reproduces_a_known_gaussian():
     assert float(x.std()) == pytest.approx(0.5, abs=0.02)
 
 
-@pytest.mark.parametrize("name, sampler", [("fgsm", "ddpm"), ("fgsm", "ddim"), ("pgd", "ddpm"), ("eot", "ddpm"),
-                                           ("drift", "ddpm"), ("noise", "ddim")])
+@pytest.mark.parametrize("name, sampler", [
+    ("fgsm", "ddpm"), ("fgsm", "ddim"), ("pgd", "ddpm"),
+    ("eot", "ddpm"), ("drift", "ddpm"), ("noise", "ddim")])
 def test_sampler_and_attacks_neither_wait_for_the_device_nor_mix_devices(name, sampler, on_meta):
     """As for a training step: the whole loop on the meta device, attacked and measured."""
     network = UNet(size=8, learn_sigma=True, **TINY).to(on_meta)
     schedule = Schedule.named("linear", 100).respaced(4).to(on_meta)
-    hook = attacking(name, {0, 2}, network, schedule, range(2), "learned", (-1.0, 1.0), sampler, iters=2, eot=2)
+    hook = attacking(name, {0, 2}, network, schedule, range(2), "learned", (-1.0, 1.0), sampler,
+                     iters=2, eot=2)
     noise = common.image_noise("sample", 0, range(2), (3, 8, 8), on_meta)
     x_0 = sample.sample(network, schedule, noise, **hook.how, attack=hook)
     assert x_0.device.type == "meta" and hook.sums["steps"] == 2
@@ -665,9 +693,11 @@ def test_sampler_and_attacks_neither_wait_for_the_device_nor_mix_devices(name, s
 
 # ------------------------------------------------------------------------------------------ Algorithms 2 to 4
 
-ASKED = dict(steps_attacked=3, where="spread", phi=1.0, iters=20, eot=5, stride=2.5, as_printed=False, eps_scale=1.0)
+ASKED = dict(steps_attacked=3, where="spread", phi=1.0, iters=20, eot=5, stride=2.5, as_printed=False,
+             eps_scale=1.0)
 LINEAR = 0.4 * torch.randn(12, 12, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-V = torch.rand(12, generator=torch.Generator().manual_seed(1), dtype=torch.float64)     # a learned variance, fixed
+# a learned variance, fixed
+V = torch.rand(12, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 
 
 def attacking(name, steps, model, schedule, indices, variance="large", clamp=None, sampler="ddpm", **changes):
@@ -757,7 +787,8 @@ def test_attacks_by_hand(name, sampler, variance, as_printed):
                     sign = np.sign(moved @ to_next @ to_next.T)
                     moved = r / N * sign if as_printed else np.clip(moved + stride * r / N * sign, -r, r)
             else:                                                                   # Algorithm 4
-                delta, root, step = start, np.sqrt(alpha_bar[k]) if as_printed else 1, 1 if as_printed else stride
+                delta = start
+                root, step = (np.sqrt(alpha_bar[k]), 1) if as_printed else (1, stride)
                 for _ in range(N):
                     gradients = [((root * delta @ to_next + sigma * (k > 0) * flat(draws)) - xi) @ to_next.T
                                  for _ in range(2)]
@@ -774,7 +805,8 @@ def test_attacks_by_hand(name, sampler, variance, as_printed):
     assert x_0.flatten(1).numpy() == pytest.approx(x, rel=1e-9, abs=1e-9)
     assert sums["moved"] == pytest.approx(np.linalg.norm(x - clean, axis=1).sum(), rel=1e-6)
     assert sums["control"] == pytest.approx(np.linalg.norm(control - clean, axis=1).sum(), rel=1e-6)
-    assert sums["size"] == pytest.approx(size, rel=1e-6) and sums.get("kept", kept) == pytest.approx(kept, rel=1e-6)
+    assert sums["size"] == pytest.approx(size, rel=1e-6)
+    assert sums.get("kept", kept) == pytest.approx(kept, rel=1e-6)
     assert (sums["steps"], sums["attacked"], sums["pixels"], sums["outside"]) == (3, 9, 12, 0)
     passes = {"noise": (1, 0), "fgsm": (2, 1), "drift": (2, 1), "pgd": (1 + N, N), "eot": (1 + N, N)}[name]
     assert (sums["forwards"] / 3, sums["backwards"] / 3) == passes == attack.needed(hook.asked)
@@ -794,8 +826,8 @@ def test_attack_climbs_and_keeps_to_the_state(network, name):
     schedule, costs = Schedule.named("linear", 100).respaced(12).to("cpu"), []
     clean = sample.sample(network, schedule, image_noise("sample", 3, range(4), (3, 8, 8)))
     for eps_scale in (0.5, 1.0):
-        x_0, sums = sampled(attacking(name, {3, 2, 1}, network, schedule, range(4), clamp=(-1.0, 1.0), iters=5,
-                                      eps_scale=eps_scale))
+        x_0, sums = sampled(attacking(name, {3, 2, 1}, network, schedule, range(4), clamp=(-1.0, 1.0),
+                                      iters=5, eps_scale=eps_scale))
         assert sums["moved"] == pytest.approx(float((x_0 - clean).flatten(1).norm(dim=1).sum()), rel=1e-6)
         assert sums["end"] > sums["start"] > 0 and sums["outside"] == sums["zero"] == sums["broken"] == 0
         assert sums["moved"] > 0 and 0 < sums["size"] / sums["attacked"] <= 1 + 1e-6
@@ -825,7 +857,8 @@ def test_attack_counts_what_would_fake_robustness(network, monkeypatch):
     assert sums("fgsm", constant, 1, (-1.0, 1.0))["zero"] == 0
     assert sums("fgsm", lambda x, t: torch.where(x > 1, x * float("nan"), x), 2)["broken"] == 4
     real = attack.fgsm
-    monkeypatch.setattr(attack, "fgsm", lambda step, x_t, *rest, **ball: x_t + 1.001 * (real(step, x_t, *rest, **ball) - x_t))
+    too_far = lambda step, x_t, *rest, **ball: x_t + 1.001 * (real(step, x_t, *rest, **ball) - x_t)
+    monkeypatch.setattr(attack, "fgsm", too_far)
     assert sums("fgsm", network, 2)["outside"] == 4
 
 
@@ -834,8 +867,9 @@ def test_attack_belongs_to_the_image(name, sampler):
     """Images 0 to 4 together, and in twos with other neighbours: every random draw of the attack is the
     image's own."""
     schedule = Schedule.named("linear", 100).respaced(5)
-    attacked = lambda indices: sampled(attacking(name, {4, 2}, linear, schedule, indices, "large", (-1.0, 1.0), sampler,
-                                                 iters=3), (3, 2, 2), torch.float64)[0]
+    hook = lambda indices: attacking(name, {4, 2}, linear, schedule, indices, "large", (-1.0, 1.0), sampler,
+                                     iters=3)
+    attacked = lambda indices: sampled(hook(indices), (3, 2, 2), torch.float64)[0]
     parts = torch.cat([attacked(indices) for indices in (range(0, 2), range(2, 4), range(4, 5))])
     assert (attacked(range(5)) - parts).abs().max() < 1e-10
 
@@ -846,7 +880,8 @@ def test_attacked_steps():
         for total, count in [(100, 0), (100, 1), (100, 25), (100, 33), (7, 7), (1000, 999)]:
             chosen = attack.attacked_steps(total, count, where)
             assert len(chosen) == count and chosen <= set(range(total))
-    assert attack.attacked_steps(10, 3, "first") == {9, 8, 7} and attack.attacked_steps(10, 3, "last") == {0, 1, 2}
+    assert attack.attacked_steps(10, 3, "first") == {9, 8, 7}
+    assert attack.attacked_steps(10, 3, "last") == {0, 1, 2}
     quarter = sorted(attack.attacked_steps(100, 25, "spread"))
     assert set(np.diff(quarter)) == {4} and 0 < quarter[0] < 4 and 95 < quarter[-1] < 99
     assert attack.attacked_steps(100, 25, "random", 1) != attack.attacked_steps(100, 25, "random", 2)

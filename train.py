@@ -390,6 +390,8 @@ def arguments(argv=None):
     check_ranges(args, p=(0, 1), sigma=(0, math.inf), ema=(0, 1), dropout=(0, 1), omega=(1, math.inf),
                  sample_every=(0, math.inf), timesteps=(2, math.inf), **dict.fromkeys(positive, POSITIVE))
     args.balance = args.balance and args.method not in ("ddpm", "ambient")      # their loss has one term
+    if bool(args.p) != bool(args.sigma):
+        raise UserError(f"--p {args.p:g} --sigma {args.sigma:g}: the one without the other corrupts nothing")
     if args.method != "ambient":
         args.flags = args.sigma_known = None
     elif args.sigma_known is None:
@@ -420,11 +422,15 @@ def configuration(args, images, init):
             if name != "dropout" and (network | process)[name] != value:
                 raise UserError(f"--init {args.init}: its {name} is {(network | process)[name]}, not {value}")
         network = network | dict(dropout=chosen.get("dropout", network["dropout"]))
+    sizes = [network["size"] >> level for level in range(len(network["mult"]))]
+    for resolution in chosen.get("attn", ()):
+        if resolution not in sizes:
+            raise UserError(f"--attn {resolution}: the network has {', '.join(map(str, sizes))}")
     if args.method == "ambient" and network["learn_sigma"]:
         raise UserError("--method ambient: the baseline learns no variance; leave out --learn-sigma, or take "
                         "another --init")
-    data = dict(name=args.data, size=images.size, count=len(images), p=args.p, sigma=args.sigma,
-                data_seed=args.data_seed, low=images.low, high=images.high,
+    data = dict(name=args.data, size=images.size, count=len(images), sha256=images.info["sha256"], p=args.p,
+                sigma=args.sigma, data_seed=args.data_seed, low=images.low, high=images.high,
                 float_data=images.array.dtype != np.uint8)
     names = ("method", "lam", "lam_units", "omega", "gamma", "reg_share", "balance", "flags", "sigma_known",
              "batch", "lr", "ema", "amp", "seed")
@@ -533,7 +539,10 @@ def describe(args, config, trainer, images, assumed):
     """The lines that a training begins with."""
     parameters = sum(p.numel() for p in trainer.parameters) / 1e6
     some = np.arange(min(len(images), 1 + 1000 * 32**2 // images.size**2))          # a few megabytes of them
-    noise = noise_estimate(images.read(some)).mean()
+    noise, network = noise_estimate(images.read(some)).mean(), config["network"]
+    sizes = [network["size"] >> level for level in range(len(network["mult"]))]
+    attention = ", ".join(str(size) for size in sizes if size in network["attn"])
+    attention = f"attention at {attention}" if attention else "no attention"
     method = (f", lambda {args.lam} ({args.lam_units} units), omega {args.omega}, gamma {args.gamma:.4f}, on "
               f"{args.reg_share:g} of the batch{', balanced' if args.balance else ''}")
     if args.method == "ambient":
@@ -541,13 +550,24 @@ def describe(args, config, trainer, images, assumed):
                   f"for noisy ({args.flags})")
     return (f"data      {args.data} {images.size}x{images.size}, {len(images)} images, {100 * args.p:g} % of "
             f"them with noise of sigma {args.sigma} (data seed {args.data_seed}); noise estimate "
-            f"{noise:.3f}\nnetwork   {parameters:.2f} M parameters ({args.preset})"
+            f"{noise:.3f}\nnetwork   {parameters:.2f} M parameters ({args.preset}), {attention}"
             f"{f', from {args.init}' if args.init else ''}; {config['process']['schedule']} schedule, "
             f"T = {len(trainer.schedule)}\n"
             f"method    {args.method}{'' if args.method == 'ddpm' else method}\n"
             f"training  steps {trainer.step} to {args.steps}, batch {args.batch} on {trainer.process.world} "
             f"{trainer.process.device.type} process(es), {'bfloat16' if args.amp else 'float32'}\n"
             f"output    {args.out}/checkpoint.pt every {args.save_every} steps, log.jsonl, sample grids")
+
+
+def grid_name(step):
+    """The file of a sample grid in a run's folder."""
+    return f"samples-{step:08d}.png"
+
+
+def draw_grid(args, trainer, log):
+    """Writes the sample grid of the step that the training is at, and says so in the log."""
+    trainer.grid(args.out / grid_name(trainer.step))
+    log.record(step=trainer.step, event="grid", file=grid_name(trainer.step))
 
 
 def run(args, trainer, images, assumed, log):
@@ -605,14 +625,13 @@ def run(args, trainer, images, assumed, log):
         if saving and log.first:
             save_checkpoint(checkpoint, trainer.state())
         if log.first and (step == args.steps or args.sample_every and step % args.sample_every == 0):
-            trainer.grid(args.out / f"samples-{step:08d}.png")
-            log.record(step=step, event="grid", file=f"samples-{step:08d}.png")
+            draw_grid(args, trainer, log)
         if stopping:
             log.say(f"\nstopped by a signal after step {step}: saved {checkpoint}; the same command goes on")
             sys.exit(128 + (stop or [signal.SIGTERM])[0])
     progress.close()
-    log.say(f"made {checkpoint} (step {trainer.step}) and {args.out}/samples-{trainer.step:08d}.png: "
-            f"{rate:.1f} images/s, peak memory {peak_memory(process.device):.2f} GiB a process\n"
+    log.say(f"made {checkpoint} (step {trainer.step}) and {args.out / grid_name(trainer.step)}: {rate:.1f} "
+            f"images/s, peak memory {peak_memory(process.device):.2f} GiB a process\n"
             f"next: python sample.py {args.out} --num-samples 64 --out {args.out}/samples.npz")
 
 
@@ -632,7 +651,7 @@ def main(argv=None):
             print(json.dumps(result["methods"], indent=1) + f"\nmade {args.out}/benchmark.json")
         return
     saved = broadcast(together(lambda: open_saved(args, config, process.rank == 0)))
-    if saved and saved["step"] >= args.steps:
+    if saved and saved["step"] >= args.steps and broadcast((args.out / grid_name(saved["step"])).exists()):
         if process.rank == 0:
             print(f"{args.out}/checkpoint.pt is at step {saved['step']} already: nothing to do (--steps "
                   f"{args.steps})")
@@ -643,6 +662,11 @@ def main(argv=None):
     del saved, init
     assumed = assumed_noise(images, args.flags, args.sigma_known) if args.method == "ambient" else None
     log = Log(args.out / "log.jsonl", trainer.step, process.rank == 0)
+    if trainer.step >= args.steps:                          # killed between its last checkpoint and its grid
+        if log.first:
+            draw_grid(args, trainer, log)
+            print(f"made {args.out / grid_name(trainer.step)}: all else was there")
+        return
     log.say(describe(args, config, trainer, images, assumed))
     code = {f"{name}.py": sha256_of(Path(__file__).with_name(f"{name}.py"))[:12]
             for name in ("train", "beyond", "unet", "sample", "data", "common")}

@@ -382,7 +382,11 @@ def save_checkpoint(path, checkpoint):
     *-previous.pt."""
     path = Path(path)
     with atomic_write(path) as temporary:
-        torch.save(checkpoint, temporary)
+        try:
+            torch.save(checkpoint, temporary)
+        except RuntimeError as error:                       # what it makes of a full disk
+            reason = str(error).splitlines()[0][:100]
+            raise UserError(f"cannot write {path}: is the disk full? ({reason})") from error
         if path.exists():               # a second name for the old file, so that neither name is ever missing
             with atomic_write(previous_of(path)) as link:
                 link.unlink(missing_ok=True)

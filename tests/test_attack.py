@@ -89,7 +89,7 @@ def test_report_of_an_attack(name, forwards, backwards, run, unattacked, tmp_pat
     assert (report["forwards"], report["backwards"]) == (forwards, backwards)
     assert attack.needed(protocol["attack"]) == (forwards, backwards)
     assert f"{forwards} forwards and {backwards} backwards an attacked step" in said
-    own = dict(phi=None if name == "noise" else 1.0, iters=None, eot=None, stride=None)     # None: it has none
+    own = dict(phi=None if name == "noise" else 1.0, iters=None, eot=None, stride=None)    # None: it has none
     own |= dict(iters=3, stride=2.5) if name in ("pgd", "eot") else {}
     own |= dict(eot=2) if name == "eot" else {}
     assert protocol["attack"] == own | dict(name=name, steps_attacked=2, where="last", as_printed=False,

@@ -206,9 +206,26 @@ def test_sampling_resumes_from_finished_shards(run, tmp_path, monkeypatch):
     assert np.array_equal(images, sampled(run, tmp_path / "whole.npz", *argv)[0])
 
 
+def test_a_damaged_shard_is_made_again(run, tmp_path):
+    """A shard cut by a crash of the machine: catches it taken for finished, or a traceback."""
+    argv = "--num-samples", 2, "--steps", 3, "--batch", 1
+    whole, _ = sampled(run, tmp_path / "whole.npz", *argv)
+    monkey, join = pytest.MonkeyPatch(), sample.Shards.join
+
+    def dies(self, finish):
+        self.path(1).write_bytes(self.path(1).read_bytes()[:100])
+        raise KeyboardInterrupt
+
+    monkey.setattr(sample.Shards, "join", dies)
+    with pytest.raises(KeyboardInterrupt):
+        sampled(run, tmp_path / "s.npz", *argv)
+    monkey.setattr(sample.Shards, "join", join)
+    assert np.array_equal(sampled(run, tmp_path / "s.npz", *argv)[0], whole)
+
+
 def test_finished_samples_are_left_alone(run, tmp_path, capsys, monkeypatch):
-    """The same command again, and a process that comes when the first has finished without it: catches work done
-    twice, and a wait for shards that are gone. Other settings are made anew."""
+    """The same command again, and a process that comes when the first has finished without it: catches work
+    done twice, and a wait for shards that are gone. Other settings are made anew."""
     argv = "--num-samples", 2, "--steps", 3, "--batch", 1
     images, _ = sampled(run, tmp_path / "s.npz", *argv)
     before = (tmp_path / "s.npz").read_bytes()
@@ -224,8 +241,8 @@ def test_finished_samples_are_left_alone(run, tmp_path, capsys, monkeypatch):
 
 
 def test_waits_end(run, tmp_path, monkeypatch):
-    """A second process whose first never comes is told what it waits for; a process without shards does not wait; a
-    damaged note is named. Catches a wait without an end."""
+    """A second process whose first never comes is told what it waits for; a process without shards does not
+    wait; a damaged note is named. Catches a wait without an end."""
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(sample, "PATIENCE", 0.2)
@@ -245,7 +262,8 @@ def test_waits_end(run, tmp_path, monkeypatch):
 @pytest.mark.parametrize("argv, expected", [
     ("--num-samples 0", "--num-samples 0: must be from 1"), ("--batch 0", "--batch 0"),
     ("--steps 26", "--steps 26: .*2 to 25"), ("--steps 1", "--steps 1: must be from 2"),
-    ("--steps 0", "--steps 0: must be from 2"), ("--heads 7", "--heads 7: .* its heads is 2; leave the flag out"),
+    ("--steps 0", "--steps 0: must be from 2"),
+    ("--heads 7", "--heads 7: .* its heads is 2; leave the flag out"),
     ("--schedule cosine", "its schedule is linear"), ("--timesteps 9", "its timesteps is 25"),
     ("--out s.png", "--out s.png: the name must end in .npz"), ("--out /proc/s.npz", "/proc/s.npz"),
     ("--variance learned", "--variance learned: .*does not predict its variance")])

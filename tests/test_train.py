@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -145,13 +146,54 @@ def test_a_signal_saves_and_leaves(shapes, trained, tmp_path, monkeypatch, capsy
         assert leaving.value.code == 128 + number and f"after step {step}: saved" in capsys.readouterr().out
         assert unet.load_checkpoint(tmp_path / "run")["step"] == step
         with open(tmp_path / "run" / "log.jsonl", "a") as log:      # as if a kill had come some steps later
-            log.write(json.dumps({"step": step + 1, "ddpm": 1e9}) + "\n" + '{"step": 1, "dd')      # half a line
+            log.write(json.dumps({"step": step + 1, "ddpm": 1e9}) + "\n" + '{"step": 1, "dd')    # half a line
     monkeypatch.setattr(train.Trainer, "advance", advance)
     train.main(argv)
     assert_same(tensors(tmp_path / "run"), tensors(trained))
     found, expected = (([line["step"], line["ddpm"], line["reg"]] for line in losses_of(out))
                        for out in (tmp_path / "run", trained))
     assert list(found) == list(expected) and len(losses_of(trained)) == 4
+
+
+def test_a_finished_run_gets_the_grid_that_it_lacks(shapes, trained, tmp_path, capsys):
+    """Killed between its last checkpoint and its grid, which run_all.sh takes for its end: the same command draws
+    it and trains nothing. Catches a run that can never be finished."""
+    shutil.copytree(trained, tmp_path / "run")
+    grid = tmp_path / "run" / "samples-00000004.png"
+    expected = grid.read_bytes()
+    grid.unlink()
+    train.main(flags(shapes, tmp_path / "run", "--steps", 4, "--save-every", 2))
+    assert grid.read_bytes() == expected and "all else was there" in capsys.readouterr().out
+    assert_same(tensors(tmp_path / "run"), tensors(trained))
+
+
+def test_other_images_under_the_same_name_are_refused(shapes, trained, tmp_path):
+    """Same name, size and count, other content: catches a run that goes on with them."""
+    checkpoint = unet.load_checkpoint(trained)
+    checkpoint["config"]["data"]["sha256"] = "another"
+    unet.save_checkpoint(tmp_path / "run" / "checkpoint.pt", checkpoint)
+    with pytest.raises(UserError, match="sha256 was another and is now"):
+        train.main(flags(shapes, tmp_path / "run", "--steps", 6))
+
+
+def test_a_disk_without_links_and_one_that_is_full(tmp_path, monkeypatch):
+    """Catches a training that dies at its second save where there are no hard links, and a full disk's
+    traceback."""
+    def no_links(*args):
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr(os, "link", no_links)
+    for step in (1, 2):
+        unet.save_checkpoint(tmp_path / "c.pt", dict(config={}, step=step, model={}, ema={}))
+    assert [unet.load_checkpoint(tmp_path / name)["step"] for name in ("c.pt", "c-previous.pt")] == [2, 1]
+
+    def full(*args):
+        raise RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(UserError, match="cannot write .*c.pt: is the disk full"):
+        unet.save_checkpoint(tmp_path / "c.pt", {})
+    assert unet.load_checkpoint(tmp_path / "c.pt")["step"] == 2 and len(list(tmp_path.iterdir())) == 2
 
 
 def test_a_finished_run_is_left_alone(shapes, trained, capsys):
@@ -323,8 +365,10 @@ def test_log_and_run_folder(shapes, trained, tmp_path):
     assert start["event"] == "start" and start["step"] == 0
     assert start["config"] == json.loads(json.dumps(checkpoint["config"]))
     assert start["config"]["process"] == dict(schedule="cosine", timesteps=8)
+    pixels = np.load(shapes / "shapes-8.npy").tobytes()
     assert start["config"]["data"] == dict(
-        name="shapes", size=8, count=64, p=0.9, sigma=0.2, data_seed=0, low=-1.0, high=1.0, float_data=False)
+        name="shapes", size=8, count=64, sha256=hashlib.sha256(pixels).hexdigest(), p=0.9, sigma=0.2,
+        data_seed=0, low=-1.0, high=1.0, float_data=False)
     training = start["config"]["training"]
     assert (training["method"], training["batch"], training["lr"], training["init"]) == ("adv", 8, 1e-3, None)
     cuda = torch.cuda.is_available()
@@ -379,7 +423,8 @@ def test_fine_tuning_starts_from_a_checkpoint(shapes, trained, tmp_path):
 
 def configured(*argv):
     """The configuration of a command line, for 64x64 images."""
-    images = SimpleNamespace(size=64, shape=(3, 64, 64), low=-1, high=1, array=np.zeros(1, np.uint8))
+    images = SimpleNamespace(size=64, shape=(3, 64, 64), low=-1, high=1, array=np.zeros(1, np.uint8),
+                             info=dict(sha256="0"))
     images = type("Some", (), vars(images) | dict(__len__=lambda self: 1))()
     return train.configuration(train.arguments(list(argv)), images, None)
 
@@ -418,7 +463,9 @@ def test_defaults_are_the_papers():
     ("--steps -5", "--steps -5"), ("--ema 2", "--ema 2"), ("--omega 0.5", "--omega 0.5: must be at least 1"),
     ("--microbatch 0", "--microbatch 0"), ("--reg-share 0.3", "--reg-share 0.3: must be 1, 1/2"),
     ("--reg-share 0.0625", "--reg-share 0.0625: .*whole images"), ("--channels 33", "--channels 33"),
-    ("--mult 1,2,2,2,2", "--size 8"), ("--heads 7", "--heads 7"),
+    ("--mult 1,2,2,2,2", "--size 8"), ("--heads 7", "--heads 7"), ("--mult 0,1", "--mult 0,1: must be"),
+    ("--timesteps -5", "--timesteps -5: must be at least 2"), ("--attn 5", "--attn 5: the network has 8"),
+    ("--sigma 0", "--p 0.9 --sigma 0: the one without the other corrupts nothing"),
     ("--schedule linear --timesteps 10", "--timesteps 10"),
     ("--method ambient --learn-sigma", "--method ambient: .*leave out --learn-sigma"),
     ("--data nothing", "nothing"), ("--data-dir nowhere", "python data.py shapes"),
