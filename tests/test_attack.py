@@ -238,7 +238,7 @@ def test_attack_does_not_depend_on_processes_or_interruptions(run, tmp_path, mon
     ("--steps-attacked 1 --stride 0", "--stride 0.0: must be positive"),
     ("--steps-attacked 1 --attack eot --sampler ddim", "--attack eot --sampler ddim: .*--attack pgd"),
     ("--steps-attacked 1 --as-printed", "--as-printed --attack fgsm: only pgd and eot"),
-    ("--steps-attacked 1 --attack pgd --as-printed --stride 2", "--stride 2.0: is for .* not with --as-printed"),
+    ("--steps-attacked 1 --attack pgd --as-printed --stride 2", "--stride 2.0: .* not with --as-printed"),
     ("--steps-attacked 1 --stride 2", "--stride 2.0: is for --attack pgd and eot"),
     ("--steps-attacked 1 --num-samples 0", "--num-samples 0"),
     ("--steps-attacked 1 --out a.png", "--out a.png: the name must end in .npz")])

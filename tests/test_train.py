@@ -156,8 +156,8 @@ def test_a_signal_saves_and_leaves(shapes, trained, tmp_path, monkeypatch, capsy
 
 
 def test_a_finished_run_gets_the_grid_that_it_lacks(shapes, trained, tmp_path, capsys):
-    """Killed between its last checkpoint and its grid, which run_all.sh takes for its end: the same command draws
-    it and trains nothing. Catches a run that can never be finished."""
+    """Killed between its last checkpoint and its grid, which run_all.sh takes for its end: the same command
+    draws it and trains nothing. Catches a run that can never be finished."""
     shutil.copytree(trained, tmp_path / "run")
     grid = tmp_path / "run" / "samples-00000004.png"
     expected = grid.read_bytes()
