@@ -110,6 +110,40 @@ def atomic_write(path):
             raise
 
 
+@contextlib.contextmanager
+def locked(file, message, wait=False):
+    """One process at a time is inside, for the same file, until it leaves or ends in any way. Another one
+    waits, saying the message, or is refused with it as UserError. The file is removed, and its folder where
+    that was made for it and is empty. Where the file system has no locks, nobody is kept out.
+    """
+    file, lock = Path(file), None
+    new = not file.parent.exists()
+    while lock is None or not os.fstat(lock.fileno()).st_nlink:    # the one before removed what we waited for
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            lock = open(file, "ab")
+        except OSError as error:
+            raise UserError(f"cannot write {file.parent}: {error.strerror}") from error
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if not wait:
+                lock.close()
+                raise UserError(message) from None
+            print(message, file=sys.stderr, flush=True)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        except OSError:
+            pass                                            # a file system without locks
+    with lock:
+        try:
+            yield
+        finally:
+            file.unlink(missing_ok=True)
+            if new:
+                with contextlib.suppress(OSError):          # it is not empty
+                    file.parent.rmdir()
+
+
 def write_json(path, value):
     """Writes a value as JSON, atomically. ValueError where it holds a NaN or an infinity, which are not
     JSON."""

@@ -14,7 +14,6 @@ import collections
 import colorsys
 import concurrent.futures
 import contextlib
-import fcntl
 import functools
 import hashlib
 import io
@@ -35,8 +34,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from common import (Progress, UserError, atomic_write, check_ranges, command_line, download, parser_of,
-                    write_json)
+from common import (Progress, UserError, atomic_write, check_ranges, command_line, download, locked,
+                    parser_of, write_json)
 
 SIZES = dict(cifar10=32, celeba=64, lsun_bedroom=256, imagenet64=64, butterflies=32, shapes=32, subspace=32)
 DRAWN = dict(shapes=10_000, subspace=50_000)                # sets made here: their number of images
@@ -504,28 +503,10 @@ def _is_there(settings, folder):
     return True
 
 
-@contextlib.contextmanager
 def _one_at_a_time(path):
-    """Other processes that come here for the same path wait until this one has left, or has ended in any way.
-    Where the file system has no locks, nobody waits."""
-    file = path.with_name(f".{path.name}.lock")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        lock = open(file, "ab")
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from error
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(f"waiting for another process, which prepares {path}", file=sys.stderr, flush=True)
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        except OSError:
-            pass                                            # a file system without locks
-        try:
-            yield
-        finally:
-            file.unlink(missing_ok=True)                    # who waits has it open
+    """Other processes that come here for the same path wait until this one has left."""
+    return locked(path.with_name(f".{path.name}.lock"), f"waiting for another process, which prepares {path}",
+                  wait=True)
 
 
 def _prepare_subspace(args, array, truth):

@@ -10,6 +10,7 @@ story of how they were made (JSON, under `protocol`), and a grid of the first of
 depends on the seed and on i alone. A killed run goes on where it stopped.
 """
 
+import contextlib
 import json
 import math
 import shutil
@@ -23,7 +24,7 @@ import numpy as np
 import torch
 
 from common import (POSITIVE, Progress, UserError, as_bytes, atomic_write, check_ranges, command_line,
-                    image_noise, noise_estimate, parser_of, save_grid, sha256_of, start_processes)
+                    image_noise, locked, noise_estimate, parser_of, save_grid, sha256_of, start_processes)
 from unet import at, expand, in_bfloat16, load_model
 
 PATIENCE = 600          # seconds that a process waits for the first one to begin
@@ -153,12 +154,22 @@ def generate(job, out, attack_on=None, finish=None):
     measures() -> a dict. finish(measures of all shards): called by the first process before `out` is written,
     so that an `out` that is there is finished.
     """
-    process, protocol, first = job.process, job.protocol, job.process.rank == 0
+    first = job.process.rank == 0
+    shards = Shards(out, job.protocol)
+    if job.process.rank >= max(1, len(shards)):             # more processes than shards
+        return
+    with contextlib.ExitStack() as stack:
+        if first:
+            message = f"--out {out}: another process is making it; wait for its end, or choose another --out"
+            stack.enter_context(locked(out.with_name(f".{out.name}.lock"), message))
+        fill(shards, job, attack_on, finish)
+
+
+def fill(shards, job, attack_on, finish):
+    """Makes the shards of this process, and the first one joins those of all: see `generate`."""
+    process, protocol, first, out = job.process, job.protocol, job.process.rank == 0, shards.out
     network, data = (protocol["config"][group] for group in ("network", "data"))
     shape = network["in_channels"], network["size"], network["size"]
-    shards = Shards(out, protocol)
-    if process.rank >= max(1, len(shards)):                 # more processes than shards
-        return
     if not shards.begin(first):
         if first:
             print(f"{out} is there already, made with the same settings: nothing to do")

@@ -30,8 +30,8 @@ import torch.distributed as dist
 
 import beyond
 from common import (POSITIVE, Progress, UserError, as_bytes, atomic_write, broadcast, check_ranges,
-                    command_line, gather, generator, image_noise, noise_estimate, parser_of, save_grid,
-                    sha256_of, start_processes, stream_seed, together, write_json)
+                    command_line, gather, generator, image_noise, locked, noise_estimate, parser_of,
+                    save_grid, sha256_of, start_processes, stream_seed, together, write_json)
 from data import Images
 from sample import sample, split_output
 from unet import (PRESETS, Schedule, UNet, at, expand, in_bfloat16, load_checkpoint, network_of,
@@ -440,13 +440,12 @@ def configuration(args, images, init):
 
 
 def open_inputs(args):
-    """-> the Images and the configuration of a run, and the checkpoint of --init or None. UserError: see
-    there."""
+    """-> the Images and the configuration of a run. UserError: see there."""
     images = Images(args.data, args.size, args.data_dir, args.p, args.sigma, args.data_seed)
     if args.batch > len(images):
         raise UserError(f"--batch {args.batch}: {args.data} has only {len(images)} images")
     init = load_checkpoint(args.init) if args.init else None
-    return images, configuration(args, images, init), init
+    return images, configuration(args, images, init)
 
 
 def open_saved(args, config, first):
@@ -635,21 +634,8 @@ def run(args, trainer, images, assumed, log):
             f"next: python sample.py {args.out} --num-samples 64 --out {args.out}/samples.npz")
 
 
-def main(argv=None):
-    """Trains until args.steps, resuming where a checkpoint is."""
-    args = arguments(argv)
-    process = start_processes()
-    images, config, init = together(lambda: open_inputs(args))
-    asked = json.dumps([config, args.steps, args.benchmark], sort_keys=True)
-    if len(set(gather(asked))) > 1:
-        raise UserError("the processes were given different settings or data: the same command is needed on "
-                        "every machine")
-    if args.benchmark:
-        result = benchmark(args, config, images, process)
-        if process.rank == 0:
-            write_json(args.out / "benchmark.json", result)
-            print(json.dumps(result["methods"], indent=1) + f"\nmade {args.out}/benchmark.json")
-        return
+def train(args, config, images, process):
+    """The run of args.out, begun or gone on with, until args.steps."""
     saved = broadcast(together(lambda: open_saved(args, config, process.rank == 0)))
     if saved and saved["step"] >= args.steps and broadcast((args.out / grid_name(saved["step"])).exists()):
         if process.rank == 0:
@@ -657,9 +643,9 @@ def main(argv=None):
                   f"{args.steps})")
         return
     trainer = Trainer(config, args.microbatch, args.compile, process)
-    if saved or init:
-        trainer.load(saved or init, resume=saved is not None)
-    del saved, init
+    if saved or args.init:
+        trainer.load(saved or load_checkpoint(args.init), resume=saved is not None)
+    del saved
     assumed = assumed_noise(images, args.flags, args.sigma_known) if args.method == "ambient" else None
     log = Log(args.out / "log.jsonl", trainer.step, process.rank == 0)
     if trainer.step >= args.steps:                          # killed between its last checkpoint and its grid
@@ -673,6 +659,27 @@ def main(argv=None):
     log.record(step=trainer.step, event="start", config=config, world=process.world, tf32=process.tf32,
                device=process.device.type, torch=torch.__version__, code=code)
     run(args, trainer, images, assumed, log)
+
+
+def main(argv=None):
+    """Trains until args.steps, resuming where a checkpoint is."""
+    args = arguments(argv)
+    process = start_processes()
+    images, config = together(lambda: open_inputs(args))
+    asked = json.dumps([config, args.steps, args.benchmark], sort_keys=True)
+    if len(set(gather(asked))) > 1:
+        raise UserError("the processes were given different settings or data: the same command is needed on "
+                        "every machine")
+    if args.benchmark:
+        result = benchmark(args, config, images, process)
+        if process.rank == 0:
+            write_json(args.out / "benchmark.json", result)
+            print(json.dumps(result["methods"], indent=1) + f"\nmade {args.out}/benchmark.json")
+        return
+    message = f"--out {args.out}: another process is training there; wait for it, or choose another --out"
+    with contextlib.ExitStack() as stack:
+        together(lambda: process.rank == 0 and stack.enter_context(locked(args.out / ".lock", message)))
+        train(args, config, images, process)
 
 
 if __name__ == "__main__":

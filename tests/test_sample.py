@@ -15,7 +15,7 @@ from PIL import Image
 
 import sample
 import unet
-from common import UserError, as_bytes, command_line, image_noise
+from common import UserError, as_bytes, command_line, image_noise, locked
 
 NETWORK = dict(size=8, in_channels=3, channels=32, res_blocks=1, mult=(1,), attn=(8,), heads=2, dropout=0.0,
                learn_sigma=False, scale_shift=True)
@@ -206,6 +206,15 @@ def test_sampling_resumes_from_finished_shards(run, tmp_path, monkeypatch):
     assert np.array_equal(images, sampled(run, tmp_path / "whole.npz", *argv)[0])
 
 
+def test_a_second_start_on_the_same_samples_is_refused(run, tmp_path):
+    """At once: catches two samplers that take away each other's shards."""
+    with locked(tmp_path / ".s.npz.lock", "never said"):
+        with pytest.raises(UserError, match="another process is making"):
+            sampled(run, tmp_path / "s.npz", "--num-samples", 1, "--steps", 3)
+    sampled(run, tmp_path / "s.npz", "--num-samples", 1, "--steps", 3)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["s.npz", "s.png"]
+
+
 def test_a_damaged_shard_is_made_again(run, tmp_path):
     """A shard cut by a crash of the machine: catches it taken for finished, or a traceback."""
     argv = "--num-samples", 2, "--steps", 3, "--batch", 1
@@ -265,7 +274,7 @@ def test_waits_end(run, tmp_path, monkeypatch):
     ("--steps 0", "--steps 0: must be from 2"),
     ("--heads 7", "--heads 7: .* its heads is 2; leave the flag out"),
     ("--schedule cosine", "its schedule is linear"), ("--timesteps 9", "its timesteps is 25"),
-    ("--out s.png", "--out s.png: the name must end in .npz"), ("--out /proc/s.npz", "/proc/s.npz"),
+    ("--out s.png", "--out s.png: the name must end in .npz"), ("--out /proc/s.npz", "cannot write /proc"),
     ("--variance learned", "--variance learned: .*does not predict its variance")])
 def test_sample_refuses(argv, expected, run, tmp_path, monkeypatch, capsys):
     """Each wrong flag by its name, in one line with status 2, before anything is written."""

@@ -22,7 +22,7 @@ from PIL import Image
 import sample
 import train
 import unet
-from common import UserError, command_line
+from common import UserError, command_line, locked
 from conftest import HERE, TINY
 
 DDPM = "--method", "ddpm"                                   # where the method does not matter: the cheapest
@@ -174,6 +174,16 @@ def test_other_images_under_the_same_name_are_refused(shapes, trained, tmp_path)
     unet.save_checkpoint(tmp_path / "run" / "checkpoint.pt", checkpoint)
     with pytest.raises(UserError, match="sha256 was another and is now"):
         train.main(flags(shapes, tmp_path / "run", "--steps", 6))
+
+
+def test_a_second_start_on_the_same_folder_is_refused(shapes, tmp_path):
+    """At once, and without a trace: catches two trainings that write the same checkpoint."""
+    with locked(tmp_path / "run" / ".lock", "never said"):
+        with pytest.raises(UserError, match="run: another process is training there"):
+            train.main(flags(shapes, tmp_path / "run", "--steps", 2))
+    assert not (tmp_path / "run").exists()
+    train.main(flags(shapes, tmp_path / "run", "--steps", 1))
+    assert not (tmp_path / "run" / ".lock").exists()
 
 
 def test_a_disk_without_links_and_one_that_is_full(tmp_path, monkeypatch):
