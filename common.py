@@ -10,6 +10,7 @@ import fcntl
 import functools
 import hashlib
 import http.client
+import io
 import json
 import math
 import os
@@ -76,6 +77,17 @@ def check_ranges(args, **ranges):
 
 # ------------------------------------------------------------------------------------------------------ files
 
+def _take(lock):
+    """Whether this process now has the lock of an open file; it has where the file system has no locks."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass
+    return True
+
+
 @contextlib.contextmanager
 def atomic_write(path):
     """Yields a temporary Path in the same folder, with the same suffix. On success it is fsynced and becomes
@@ -92,12 +104,8 @@ def atomic_write(path):
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}") from error
     with lock:                                             # the lock ends with the process, however that ends
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"cannot write {path}: another process is writing it") from None
-        except OSError:
-            pass                                            # a file system without locks
+        if not _take(lock):
+            raise UserError(f"cannot write {path}: another process is writing it")
         try:
             yield partial
             with open(partial, "rb") as file:
@@ -124,16 +132,12 @@ def locked(file, message, wait=False):
             lock = open(file, "ab")
         except OSError as error:
             raise UserError(f"cannot write {file.parent}: {error.strerror}") from error
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not _take(lock):
             if not wait:
                 lock.close()
-                raise UserError(message) from None
+                raise UserError(message)
             print(message, file=sys.stderr, flush=True)
             fcntl.flock(lock, fcntl.LOCK_EX)
-        except OSError:
-            pass                                            # a file system without locks
     with lock:
         try:
             yield
@@ -149,6 +153,19 @@ def write_json(path, value):
     JSON."""
     with atomic_write(path) as temporary:
         temporary.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n")
+
+
+def protocol_in(archive):
+    """The protocol in an .npz, open as a ZipFile: how its images were made, as a dict. An exception of any kind
+    where it has none, or none of ours: more than 1 MB, no JSON object, numbers that are not finite."""
+    member = archive.getinfo("protocol.npy")
+    if member.file_size > 1 << 20:
+        raise ValueError(f"a protocol of {member.file_size:,} bytes")
+    protocol = json.loads(str(np.lib.format.read_array(io.BytesIO(archive.read(member)), allow_pickle=False)))
+    if not isinstance(protocol, dict):
+        raise ValueError("its protocol is not a JSON object")
+    json.dumps(protocol, allow_nan=False)                   # results, which repeat it, are strict JSON
+    return protocol
 
 
 def sha256_of(path):

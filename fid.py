@@ -16,7 +16,6 @@ in order, split after split.
 import contextlib
 import functools
 import hashlib
-import io
 import json
 import math
 import os
@@ -32,8 +31,8 @@ import torch.nn.functional as F
 from scipy.linalg import lapack
 
 from common import (Progress, UserError, all_sum, as_bytes, atomic_write, check_ranges, command_line,
-                    download, gather, is_first_process, noise_estimate, parser_of, sha256_of, start_processes,
-                    together, write_json)
+                    download, gather, is_first_process, noise_estimate, parser_of, protocol_in, sha256_of,
+                    start_processes, together, write_json)
 from data import Images, image_members, open_image
 
 RESIZE = {"inception": "TF1 bilinear to 299", "pixels": "box to 8"}
@@ -93,7 +92,7 @@ def open_source(name, size=None, data_dir="data"):
         if path.suffix == ".npz":
             with zipfile.ZipFile(path) as archive:
                 members = {member.filename: member.file_size for member in archive.infolist()}
-                protocol = _protocol(archive) if "protocol.npy" in members else {}
+                protocol = protocol_in(archive) if "protocol.npy" in members else {}
             if "mu.npy" in members and "sigma.npy" in members:
                 return _statistics(path)
             if "arr_0.npy" not in members:
@@ -102,17 +101,6 @@ def open_source(name, size=None, data_dir="data"):
             length = members["arr_0.npy"]
             return _array(path, lambda: zipfile.ZipFile(path).open("arr_0.npy"), length, protocol)
     raise UserError(f"{path}: neither an .npz, a .npy, a zip or tar nor a folder of images")
-
-
-def _protocol(archive):
-    member = archive.getinfo("protocol.npy")
-    if member.file_size > 1 << 20:
-        raise ValueError(f"a protocol of {member.file_size:,} bytes")
-    protocol = json.loads(str(np.lib.format.read_array(io.BytesIO(archive.read(member)), allow_pickle=False)))
-    if not isinstance(protocol, dict):
-        raise ValueError("its protocol is not a JSON object")
-    json.dumps(protocol, allow_nan=False)          # ValueError: the results, which repeat it, are strict JSON
-    return protocol
 
 
 def prepared_source(images, data_dir):

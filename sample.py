@@ -24,7 +24,8 @@ import numpy as np
 import torch
 
 from common import (POSITIVE, Progress, UserError, as_bytes, atomic_write, check_ranges, command_line,
-                    image_noise, locked, noise_estimate, parser_of, save_grid, sha256_of, start_processes)
+                    image_noise, locked, noise_estimate, parser_of, protocol_in, save_grid, sha256_of,
+                    start_processes)
 from unet import at, expand, in_bfloat16, load_model
 
 PATIENCE = 600          # seconds that a process waits for the first one to begin
@@ -202,12 +203,10 @@ def fill(shards, job, attack_on, finish):
 def protocol_of(out):
     """The protocol of a finished .npz of ours, or None where there is none."""
     try:
-        with zipfile.ZipFile(out) as archive, archive.open("protocol.npy") as member:
-            if archive.getinfo("protocol.npy").file_size < 1 << 20:
-                return json.loads(str(np.lib.format.read_array(member, allow_pickle=False)))
+        with zipfile.ZipFile(out) as archive:
+            return protocol_in(archive)
     except Exception:                                       # no such file, or a foreign one: anything
-        pass
-    return None
+        return None
 
 
 class Shards:

@@ -403,6 +403,11 @@ def arguments(argv=None):
     return args
 
 
+def resolutions(network):
+    """The image size at each level of a configured network."""
+    return [network["size"] >> level for level in range(len(network["mult"]))]
+
+
 def configuration(args, images, init):
     """The run as plain values in four groups: what a checkpoint says of itself. init: the checkpoint of
     --init, or None."""
@@ -422,7 +427,7 @@ def configuration(args, images, init):
             if name != "dropout" and (network | process)[name] != value:
                 raise UserError(f"--init {args.init}: its {name} is {(network | process)[name]}, not {value}")
         network = network | dict(dropout=chosen.get("dropout", network["dropout"]))
-    sizes = [network["size"] >> level for level in range(len(network["mult"]))]
+    sizes = resolutions(network)
     for resolution in chosen.get("attn", ()):
         if resolution not in sizes:
             raise UserError(f"--attn {resolution}: the network has {', '.join(map(str, sizes))}")
@@ -440,12 +445,12 @@ def configuration(args, images, init):
 
 
 def open_inputs(args):
-    """-> the Images and the configuration of a run. UserError: see there."""
+    """-> the Images and the configuration of a run, and the checkpoint of --init or None; UserError: as they."""
     images = Images(args.data, args.size, args.data_dir, args.p, args.sigma, args.data_seed)
     if args.batch > len(images):
         raise UserError(f"--batch {args.batch}: {args.data} has only {len(images)} images")
     init = load_checkpoint(args.init) if args.init else None
-    return images, configuration(args, images, init)
+    return images, configuration(args, images, init), init
 
 
 def open_saved(args, config, first):
@@ -539,8 +544,7 @@ def describe(args, config, trainer, images, assumed):
     parameters = sum(p.numel() for p in trainer.parameters) / 1e6
     some = np.arange(min(len(images), 1 + 1000 * 32**2 // images.size**2))          # a few megabytes of them
     noise, network = noise_estimate(images.read(some)).mean(), config["network"]
-    sizes = [network["size"] >> level for level in range(len(network["mult"]))]
-    attention = ", ".join(str(size) for size in sizes if size in network["attn"])
+    attention = ", ".join(str(size) for size in resolutions(network) if size in network["attn"])
     attention = f"attention at {attention}" if attention else "no attention"
     method = (f", lambda {args.lam} ({args.lam_units} units), omega {args.omega}, gamma {args.gamma:.4f}, on "
               f"{args.reg_share:g} of the batch{', balanced' if args.balance else ''}")
@@ -634,38 +638,11 @@ def run(args, trainer, images, assumed, log):
             f"next: python sample.py {args.out} --num-samples 64 --out {args.out}/samples.npz")
 
 
-def train(args, config, images, process):
-    """The run of args.out, begun or gone on with, until args.steps."""
-    saved = broadcast(together(lambda: open_saved(args, config, process.rank == 0)))
-    if saved and saved["step"] >= args.steps and broadcast((args.out / grid_name(saved["step"])).exists()):
-        if process.rank == 0:
-            print(f"{args.out}/checkpoint.pt is at step {saved['step']} already: nothing to do (--steps "
-                  f"{args.steps})")
-        return
-    trainer = Trainer(config, args.microbatch, args.compile, process)
-    if saved or args.init:
-        trainer.load(saved or load_checkpoint(args.init), resume=saved is not None)
-    del saved
-    assumed = assumed_noise(images, args.flags, args.sigma_known) if args.method == "ambient" else None
-    log = Log(args.out / "log.jsonl", trainer.step, process.rank == 0)
-    if trainer.step >= args.steps:                          # killed between its last checkpoint and its grid
-        if log.first:
-            draw_grid(args, trainer, log)
-            print(f"made {args.out / grid_name(trainer.step)}: all else was there")
-        return
-    log.say(describe(args, config, trainer, images, assumed))
-    code = {f"{name}.py": sha256_of(Path(__file__).with_name(f"{name}.py"))[:12]
-            for name in ("train", "beyond", "unet", "sample", "data", "common")}
-    log.record(step=trainer.step, event="start", config=config, world=process.world, tf32=process.tf32,
-               device=process.device.type, torch=torch.__version__, code=code)
-    run(args, trainer, images, assumed, log)
-
-
 def main(argv=None):
     """Trains until args.steps, resuming where a checkpoint is."""
     args = arguments(argv)
     process = start_processes()
-    images, config = together(lambda: open_inputs(args))
+    images, config, init = together(lambda: open_inputs(args))
     asked = json.dumps([config, args.steps, args.benchmark], sort_keys=True)
     if len(set(gather(asked))) > 1:
         raise UserError("the processes were given different settings or data: the same command is needed on "
@@ -679,7 +656,30 @@ def main(argv=None):
     message = f"--out {args.out}: another process is training there; wait for it, or choose another --out"
     with contextlib.ExitStack() as stack:
         together(lambda: process.rank == 0 and stack.enter_context(locked(args.out / ".lock", message)))
-        train(args, config, images, process)
+        saved = broadcast(together(lambda: open_saved(args, config, process.rank == 0)))
+        finished = saved and saved["step"] >= args.steps
+        if finished and broadcast((args.out / grid_name(saved["step"])).exists()):
+            if process.rank == 0:
+                print(f"{args.out}/checkpoint.pt is at step {saved['step']} already: nothing to do (--steps "
+                      f"{args.steps})")
+            return
+        trainer = Trainer(config, args.microbatch, args.compile, process)
+        if saved or init:
+            trainer.load(saved or init, resume=saved is not None)
+        del saved, init                                     # gigabytes, of large networks
+        assumed = assumed_noise(images, args.flags, args.sigma_known) if args.method == "ambient" else None
+        log = Log(args.out / "log.jsonl", trainer.step, process.rank == 0)
+        if trainer.step >= args.steps:                       # killed between its last checkpoint and its grid
+            if log.first:
+                draw_grid(args, trainer, log)
+                print(f"made {args.out / grid_name(trainer.step)}: all else was there")
+            return
+        log.say(describe(args, config, trainer, images, assumed))
+        code = {f"{name}.py": sha256_of(Path(__file__).with_name(f"{name}.py"))[:12]
+                for name in ("train", "beyond", "unet", "sample", "data", "common")}
+        log.record(step=trainer.step, event="start", config=config, world=process.world, tf32=process.tf32,
+                   device=process.device.type, torch=torch.__version__, code=code)
+        run(args, trainer, images, assumed, log)
 
 
 if __name__ == "__main__":
