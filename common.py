@@ -124,7 +124,7 @@ def locked(file, message, wait=False):
     waits, saying the message, or is refused with it as UserError. The file is removed, and its folder where
     that was made for it and is empty. Where the file system has no locks, nobody is kept out.
     """
-    file, lock = Path(file), None
+    file, lock, said = Path(file), None, False
     new = not file.parent.exists()
     while lock is None or not os.fstat(lock.fileno()).st_nlink:    # the one before removed what we waited for
         try:
@@ -136,7 +136,9 @@ def locked(file, message, wait=False):
             if not wait:
                 lock.close()
                 raise UserError(message)
-            print(message, file=sys.stderr, flush=True)
+            if not said:                                    # where several wait, it can be taken again
+                print(message, file=sys.stderr, flush=True)
+            said = True
             fcntl.flock(lock, fcntl.LOCK_EX)
     with lock:
         try:
@@ -156,8 +158,8 @@ def write_json(path, value):
 
 
 def protocol_in(archive):
-    """The protocol in an .npz, open as a ZipFile: how its images were made, as a dict. An exception of any kind
-    where it has none, or none of ours: more than 1 MB, no JSON object, numbers that are not finite."""
+    """The protocol in an .npz, open as a ZipFile: how its images were made, as a dict. An exception of any
+    kind where it has none, or none of ours: over 1 MB, no JSON object, numbers that are not finite."""
     member = archive.getinfo("protocol.npy")
     if member.file_size > 1 << 20:
         raise ValueError(f"a protocol of {member.file_size:,} bytes")
