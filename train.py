@@ -445,7 +445,7 @@ def configuration(args, images, init):
 
 
 def open_inputs(args):
-    """-> the Images, the configuration, the checkpoint of --init or None; UserError where one does not fit."""
+    """-> Images, configuration, and the checkpoint of --init or None; UserError where one does not fit."""
     images = Images(args.data, args.size, args.data_dir, args.p, args.sigma, args.data_seed)
     if args.batch > len(images):
         raise UserError(f"--batch {args.batch}: {args.data} has only {len(images)} images")

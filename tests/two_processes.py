@@ -35,4 +35,10 @@ if __name__ == "__main__":
             signal.signal(number, signal.SIG_DFL)
         torch.distributed.barrier()                 # the next job may read what this one's rank 0 writes last
     (folder / f"results-{os.environ['RANK']}.json").write_text(json.dumps(results))
+    torch.distributed.barrier()
     torch.distributed.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Once in some 100 runs the interpreter's end aborts otherwise, after all results are written: "terminate
+    # called without an active exception", from a thread of the process group's.
+    os._exit(0)
