@@ -150,6 +150,22 @@ def locked(file, message, wait=False):
                     file.parent.rmdir()
 
 
+def check_out(path, flag="--out"):
+    """Refuses, before the work, a file that could not be written after it: UserError names flag and
+    reason."""
+    path = Path(path)
+    try:
+        if path.is_dir():
+            raise UserError(f"{flag} {path}: is a folder; a file's name is needed")
+        folder = next(parent for parent in path.absolute().parents if parent.exists())
+    except OSError as error:                                # a name that is too long
+        raise UserError(f"{flag} {path}: {error.strerror}") from error
+    if not folder.is_dir():
+        raise UserError(f"{flag} {path}: {folder} is a file, not a folder")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise UserError(f"{flag} {path}: the folder {folder} cannot be written")
+
+
 def write_json(path, value):
     """Writes a value as JSON, atomically. ValueError where it holds a NaN or an infinity, which are not
     JSON."""
