@@ -6,15 +6,22 @@
     python data.py lsun_bedroom --src bedroom.zip           # 256
     python data.py imagenet64 --src Imagenet64_train_npz/   # train_data_batch_*.npz, or images
     python data.py mine --src photos/ --size 64             # any folder, zip or uncompressed tar of images
+    python data.py mine --src photos.npz --size 64          # or .npy: [N, H, W, 3] or [N, 3, H, W]
     python data.py shapes                                   # drawn here, nothing to download
     python data.py subspace --images shapes                 # linearised images, their distribution known
+
+Where all folders at the top of --src are called train, test or val, train is taken. What is not taken of a
+source is counted, and said.
 """
+
+import common                                               # first: it answers Ctrl-C while others load
 
 import collections
 import colorsys
 import concurrent.futures
 import contextlib
 import functools
+import gzip
 import hashlib
 import io
 import itertools
@@ -25,17 +32,20 @@ import os
 import re
 import shutil
 import signal
+import stat
 import sys
 import tarfile
 import threading
+import warnings
 import zipfile
 from pathlib import Path
+from typing import Any, Callable, NamedTuple
 
 import numpy as np
 from PIL import Image
 
-from common import (Progress, UserError, atomic_write, check_ranges, command_line, download, locked,
-                    parser_of, write_json)
+from common import (Progress, UserError, as_bytes, atomic_write, check_out, check_ranges, command_line,
+                    download, locked, parser_of, protocol_in, sha256_of, write_json)
 
 SIZES = dict(cifar10=32, celeba=64, lsun_bedroom=256, imagenet64=64, butterflies=32, shapes=32, subspace=32)
 DRAWN = dict(shapes=10_000, subspace=50_000)                # sets made here: their number of images
@@ -47,11 +57,35 @@ BY_HAND = {                                                 # what a script cann
     "imagenet64": "the 64 x 64 .npz files (or the images) from https://image-net.org, after signing in",
     "butterflies": "huggan/smithsonian_butterflies_subset from https://huggingface.co, as image files",
 }
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm")
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM")
+# Pillow's formats of ordinary pictures. Others run programs (EPS), are scientific or bear no mark (TGA).
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM", "TIFF", "GIF", "AVIF", "JPEG2000", "QOI", "PCX", "SGI")
+SPLITS = dict(train="train", test="test", val="val", valid="val", validation="val")     # of folders' names
 HIDDEN = re.compile(r"(^|/)(\.[^./]|__MACOSX/)")
 MAX_PIXELS, MAX_BYTES = 1 << 26, 1 << 28                    # of one image: 67 megapixels, 268 MB
+BLOCK_BYTES, FLYING_BYTES = 1 << 26, 1 << 28                # of images on their way to and from the workers
+ALIGNED = (178, 218)                                        # width and height of CelebA's aligned images
 MAX_BROKEN = 100                                            # without --skip-broken, stop looking for more
+OBJECTS = ("Python objects, that is code, which was not run: save the images as files, or as one "
+           ".npy of uint8 [N, H, W, 3], with a program that you trust")
+# What people have that is no source: how its name ends, how the file begins, what it is and what to do.
+STRANGE = [
+    (r"\.(rar|7z)", (b"Rar!", b"7z\xbc\xaf"), "a .rar or .7z archive: unpack it and give the folder"),
+    (r"\.(tgz|tbz2?|txz|gz|bz2|xz|zst)", (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd"),
+     "compressed as a whole, like a .tar.gz: unpack it (tar xf FILE) and give the folder"),
+    (r"data\.mdb", (), "an LSUN lmdb: export its images (python data.py export LMDB --out_dir FOLDER, of "
+     "github.com/fyu/lsun) and give that folder"),
+    (r"\.parquet", (b"PAR1",), "a parquet table: write their images into a folder as files and give that"),
+    (r"\.tfrecords?(-\d+-of-\d+)?", (), "a file of TensorFlow records: write their images into a folder "
+     "as files and give that"),
+    (r"\.(h5|hdf5|mat)", (b"\x89HDF", b"MATLAB 5.0"), "an HDF5 or MATLAB file: save its images as one .npy "
+     "of uint8 [N, H, W, 3] and give that"),
+    (r"(^|/)(data_batch_\d|test_batch|batches\.meta)", (), "the python version of CIFAR-10, pickles, that is "
+     "code, which was not run: the binary version is needed, cifar-10-binary.tar.gz"),
+    (r"\.(pkl|pickle|pth?|ckpt)", tuple(b"\x80%c" % i for i in range(2, 6)),
+     f"a pickle of {OBJECTS}"),
+    (r"(train|val)_data\w*\.npz", (), "ImageNet's .npz files: python data.py imagenet64 --src FOLDER reads "
+     "train_data_batch_1.npz to _10, or with --split val val_data.npz, that lie in FOLDER, unpacked"),
+]
 
 
 # ---------------------------------------------------------------------------------------- a prepared data set
@@ -79,13 +113,13 @@ class Images:
             raise UserError(f"--p {p} --sigma {sigma} --data-seed {data_seed}: p is a share from 0 to 1, "
                             "sigma a standard deviation in [-1, 1] pixel units, the seed not negative")
         base, split = re.fullmatch("(.*?)(?:-(test|val))?", name).groups()
-        size = size or SIZES.get(base)
-        if not size:
+        size = SIZES.get(base) if size is None else size
+        if size is None:
             raise UserError(f"--data {name}: --size is needed (only {', '.join(SIZES)} have a default)")
         self.name, self.size, self.shape = name, size, (3, size, size)
         self.p, self.sigma, self.data_seed = p, sigma, data_seed
         array, info, self._truth = prepared_files(name, size, data_dir)
-        if not (array.exists() and info.exists()):
+        if not (os.path.isfile(array) and os.path.isfile(info)):           # False for a name too long, too
             src = "" if base in DRAWN or base == "cifar10" else " --src FOLDER_OR_ARCHIVE"
             raise UserError(f"{array} is not prepared: run python data.py {base}{src} --size {size}"
                             f"{f' --split {split}' if split else ''} --out {data_dir}")
@@ -97,9 +131,9 @@ class Images:
             stated = (self.info["dtype"], self.info["count"], *self.shape)
             if found != stated:
                 raise ValueError(f"{found} instead of {stated}")
-        except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
-            raise UserError(f"{array} or {info.name} is damaged ({error}): delete both, prepare them "
-                            "again") from error
+        except Exception as error:                          # json and numpy raise almost anything
+            raise UserError(f"{array} or {info.name} is damaged or not made by data.py ({error}): delete "
+                            "both, prepare them again") from error
         # Row i, a function of (data_seed, i) alone: three words that start image i's noise, and its coin.
         self._words = np.random.Philox(data_seed).random_raw(4 * len(self.array)).reshape(-1, 4)
 
@@ -151,41 +185,165 @@ class Images:
 
 # --------------------------------------------------------------------------------- images, wherever they lie
 
-def image_members(src):
-    """The images of a folder, zip or uncompressed tar, a Path -> names, read.
+def check_regular(path, label):
+    """UserError that begins with `label` unless path is a folder or a regular file, or a link to one."""
+    if not os.path.exists(path):
+        raise UserError(f"{label} does not exist")
+    if not (os.path.isdir(path) or os.path.isfile(path)):   # a device or a pipe never ends
+        raise UserError(f"{label} is neither a regular file nor a folder")
 
-    names: their sorted POSIX paths inside, chosen by suffix, without hidden files and __MACOSX. read(name):
-    the Path of a file in a folder, or the bytes of an archive's member (ValueError, before they are read,
-    if they are more than MAX_BYTES; zipfile and tarfile raise almost anything on a damaged one). Nothing is
-    unpacked to disk: the names in an archive are only labels. UserError if src is none of these, is damaged
-    or holds no images.
-    """
+
+@contextlib.contextmanager
+def reading(label):
+    """Whatever a damaged file raises while it is read becomes one line, a UserError that names `label`."""
     try:
-        if src.is_dir():
-            files = (Path(folder, file) for folder, _, names in os.walk(src) for file in names)
-            members = {file.relative_to(src).as_posix(): (0, file) for file in files}
-            content = Path
-        elif zipfile.is_zipfile(src):
+        yield
+    except UserError:
+        raise
+    except Exception as error:                              # numpy, zipfile and Pillow raise almost anything
+        raise UserError(f"{label}: damaged or unreadable ({error or type(error).__name__})") from error
+
+
+def _strange(name, head=b""):
+    """What STRANGE says of a file of this name or with this beginning, or None."""
+    for ending, magics, text in STRANGE:
+        if re.search(f"({ending})$", name, re.IGNORECASE) or head.startswith(magics):
+            return text
+    return None
+
+
+def _head(path):
+    with open(path, "rb") as file:
+        return file.read(16)
+
+
+@functools.cache
+def _formats():
+    """Those of FORMATS that this Pillow has: AVIF came with 11.3."""
+    Image.init()
+    return [kind for kind in FORMATS if kind in Image.OPEN]
+
+
+def _is_picture(head):
+    """Whether a file that begins with these 16 bytes is of one of FORMATS."""
+    return any(Image.OPEN[kind][1](head.ljust(16, b"\0")) is True for kind in _formats())
+
+
+def _folder_files(src, left):
+    """Yields (name, Path) of the regular files in a folder, linked folders too; counts in `left` what is no
+    file. No folder is entered twice, so that links may go in circles; linked ones are entered last."""
+    folders, seen = collections.deque([("", src)]), set()
+    while folders:
+        name, folder = folders.pop()
+        try:
+            status = os.stat(folder)
+            if (status.st_dev, status.st_ino) in seen:
+                left["folder linked twice"] += 1
+                continue
+            seen.add((status.st_dev, status.st_ino))
+            entries = list(os.scandir(folder))
+        except OSError:
+            left["unreadable folder"] += 1
+            continue
+        for entry in sorted(entries, key=lambda entry: entry.name):
+            if entry.is_dir():
+                later = folders.appendleft if entry.is_symlink() else folders.append
+                later((f"{name}{entry.name}/", entry.path))
+            elif entry.is_file():
+                yield name + entry.name, Path(entry.path)
+            else:
+                left["special file or dead link"] += 1
+
+
+def _members(src, unpacked=None):
+    """What a folder, zip or uncompressed tar holds -> {name: (bytes, member)}, open, Counter of what it holds
+    beside regular files. open(member) -> the file. unpacked: the bytes of the tar, in place of the file."""
+    members, left = {}, collections.Counter()
+
+    def add(name, *member):
+        left["name given twice"] += name in members         # the later one counts, as in unpacking
+        members[name] = member
+    try:
+        if os.path.isdir(src):
+            members = {name: (0, path) for name, path in _folder_files(src, left)}
+            return members, lambda path: open(path, "rb"), +left
+        if unpacked is None and zipfile.is_zipfile(src):
             archive = zipfile.ZipFile(src)
-            members = {member.filename: (member.file_size, member) for member in archive.infolist()}
-            content = archive.read
-        else:
-            archive = tarfile.open(src, "r:")               # a compressed one has no order but its own
-            members = {member.name: (member.size, member) for member in archive if member.isreg()}
-            content = lambda member: archive.extractfile(member).read()  # noqa: E731
+            for member in archive.infolist():
+                name = member.filename.replace("\\", "/")   # some of Windows' programs write it
+                if stat.S_ISLNK(member.external_attr >> 16):
+                    left["link"] += 1
+                elif not name.endswith("/"):
+                    add(name, member.file_size, member)
+            return members, archive.open, +left
+        file = None if unpacked is None else io.BytesIO(unpacked)
+        archive = tarfile.open(src, "r:", file)             # a compressed one has no order but its own
+        for member in archive:
+            if member.isreg():
+                add(member.name, member.size, member)
+            elif not member.isdir():
+                left["link or special file"] += 1
+        return members, archive.extractfile, +left
     except Exception as error:                              # zipfile and tarfile raise almost anything
+        with contextlib.suppress(OSError):
+            if text := _strange(src.name, _head(src)):
+                raise UserError(f"{src} is {text}") from error
         raise UserError(f"{src} is not a folder, a whole zip or a whole uncompressed tar "
                         f"({error})") from error
-    names = sorted(name for name in members if name.lower().endswith(SUFFIXES) and not HIDDEN.search(name))
+
+
+def image_members(src):
+    """The images of a folder, zip or uncompressed tar, a Path -> names, read, left.
+
+    names: their sorted POSIX paths inside, chosen by suffix (one that Pillow has for FORMATS) or, without a
+    suffix, by content; no hidden files and __MACOSX. left: a Counter of the other files by kind.
+    read(name): the Path of a file in a folder, or the bytes of an archive's member (ValueError, before they
+    are read, if they are more than MAX_BYTES or no picture; zipfile and tarfile raise almost anything on a
+    damaged one). Nothing is unpacked to disk: the names in an archive are only labels. UserError if src is
+    none of these, is damaged or holds no images.
+    """
+    members, open_member, left = _members(src)
+    suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in FORMATS}
+
+    def why_not(name):
+        suffix = os.path.splitext(name)[1].lower()
+        suffix = suffix if re.fullmatch(r"\.\w{1,10}", suffix) else ""          # not '.5 at the lake'
+        if HIDDEN.search(name):
+            return "hidden"
+        if suffix:
+            return None if suffix in suffixes else suffix
+        with contextlib.suppress(Exception), open_member(members[name][1]) as file:
+            return None if _is_picture(file.read(16)) else "without suffix"
+        return "unreadable"
+    reasons = {name: why_not(name) for name in members}
+    names = sorted(name for name, reason in reasons.items() if reason is None)
+    left.update(filter(None, reasons.values()))
     if not names:
-        raise UserError(f"{src} holds no images ({' '.join(SUFFIXES)})")
+        some = itertools.islice(sorted(members), 10_000)    # there may be a million
+        strange = next(filter(None, map(_strange, some)), None)
+        raise UserError(f"{src} holds {strange}" if strange else
+                        f"{src} holds no images: {files_told(0, left)}. Read are "
+                        f"{' '.join(sorted(suffixes))}")
 
     def read(name):
         size, member = members[name]
+        if isinstance(member, Path):
+            return member
         if size > MAX_BYTES:
             raise ValueError(f"{size:,} bytes are more than {MAX_BYTES:,}")
-        return content(member)
-    return names, read
+        if getattr(member, "compress_type", 0) not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            raise ValueError("not stored or deflated; other methods are not unpacked within bounds")
+        with open_member(member) as file:
+            if not _is_picture(file.peek(16)[:16]):
+                raise ValueError("cannot identify the image")
+            return file.read(size)                          # a header may lie: it gets no more than it said
+    return names, read, left
+
+
+def files_told(used, left):
+    """'N images used, M files not (10 .heic, 2 .txt)', from `image_members`' left."""
+    kinds = [f"{count:,} {kind}" for kind, count in left.most_common(10)] + ["..."] * (len(left) > 10)
+    return f"{used:,} images used" + (f", {left.total():,} files not ({', '.join(kinds)})" if left else "")
 
 
 def open_image(payload):
@@ -194,13 +352,121 @@ def open_image(payload):
     ValueError if its header states more than MAX_PIXELS; Pillow raises almost anything if it is broken or
     none of FORMATS.
     """
-    image = Image.open(io.BytesIO(payload) if isinstance(payload, bytes) else payload, formats=FORMATS)
+    with warnings.catch_warnings():                         # what is wrong raises an error, too
+        warnings.simplefilter("ignore")
+        file = io.BytesIO(payload) if isinstance(payload, bytes) else payload
+        image = Image.open(file, formats=_formats())
     if image.width * image.height > MAX_PIXELS:
         raise ValueError(f"{image.width} x {image.height} pixels are more than {MAX_PIXELS:,}")
     return image
 
 
-# ------------------- the sources: each returns the number of images and an iterator of their (name, payload)
+def is_deep(image):
+    """Whether the values of an image, not yet decoded, are of 16 bits or more; Pillow cuts colours to 8."""
+    return image.mode.startswith("I") or ";16" in str(getattr(image, "tile", ""))
+
+
+# ------------------------------------------------------------------------------ arrays of images, as a stream
+
+class Source(NamedTuple):
+    """Images [N, H, W, 3], uint8 or float, to be read in order."""
+    label: str                                              # for people
+    path: Path                                              # where they are; results are written beside
+    count: int
+    size: tuple                                             # (H, W)
+    dtype: np.dtype
+    read: Callable                                       # read(start, stop, batch) yields arrays [B, H, W, 3]
+    key: Callable                                           # key() -> a hash of the content
+    protocol: dict = {}                                     # how they were sampled, if the file says so
+    truth: Any = None                                # of subspace data: their distribution, as Images.truth()
+    note: str = ""                                          # what was not taken of a folder or archive
+
+
+def steps(start, stop, batch, nbytes):
+    """(first, end) of each batch from start to stop; smaller ones if images of `nbytes` exceed MAX_BYTES."""
+    batch = max(1, min(batch, MAX_BYTES // nbytes))
+    return [(i, min(i + batch, stop)) for i in range(start, stop, batch)]
+
+
+def array_header(file, label, length):
+    """Reads the header of an .npy -> shape, whether in Fortran order, dtype; takes no memory for the values.
+    UserError for Python objects or more values than `length` bytes hold; ValueError where it is no .npy."""
+    version = np.lib.format.read_magic(file)
+    if version != (1, 0):                                   # later ones allow a header of 4 GB
+        raise ValueError(f"version {version} of the .npy format, not (1, 0)")
+    shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
+    if dtype.hasobject:
+        raise UserError(f"{label} holds {OBJECTS}")
+    row = math.prod(shape[1:]) * dtype.itemsize
+    if min(shape, default=1) < 0 or math.prod(shape) * dtype.itemsize > length - file.tell():
+        raise UserError(f"{label} is truncated: it ends in image {(length - file.tell()) // row:,} of "
+                        f"{shape[0]:,}" if row > 0 else f"{label} is damaged: its shape is {shape}")
+    return shape, fortran, dtype
+
+
+def array_source(path):
+    """The images of an .npz, under arr_0, or of an .npy as a Source: uint8, or float in [-1, 1],
+    [N, H, W, 3] or [N, 3, H, W]. Streamed: an .npz cannot be memory-mapped. UserError if it holds none."""
+    protocol = {}
+    with reading(path):
+        if text := _strange("", _head(path)):
+            raise UserError(f"{path} is {text}")
+        if path.suffix.lower() == ".npz":
+            with zipfile.ZipFile(path) as archive:
+                members = {member.filename: member.file_size for member in archive.infolist()}
+                if "arr_0.npy" not in members:
+                    strange = _strange(path.name)
+                    raise UserError(f"{path} is one of {strange}" if strange else
+                                    f"{path} holds {', '.join([*members][:9]) or 'nothing'}; images are "
+                                    "expected under arr_0")
+                protocol = protocol_in(archive) if "protocol.npy" in members else {}
+            open_member, length = lambda: zipfile.ZipFile(path).open("arr_0.npy"), members["arr_0.npy"]
+        else:
+            open_member, length = lambda: open(path, "rb"), path.stat().st_size
+        with open_member() as file:
+            shape, fortran, dtype = array_header(file, path, length)
+            offset = file.tell()
+    planes = len(shape) == 4 and shape[3] != 3              # [N, 3, H, W], as data.py and torch have it
+    if len(shape) != 4 or 3 not in (shape[1], shape[3]) or 0 in shape or fortran:
+        order = " in Fortran order" if fortran else ""
+        raise UserError(f"{path} holds {dtype} {shape}{order}; colour images [N, H, W, 3] or [N, 3, H, W] "
+                        "are expected")
+    if dtype != np.uint8 and dtype.kind != "f":
+        raise UserError(f"{path} holds {dtype}; uint8 images, or float images in [-1, 1], are expected")
+    size, row = shape[2:] if planes else shape[1:3], math.prod(shape[1:]) * dtype.itemsize
+    if math.prod(size) > MAX_PIXELS:
+        raise UserError(f"{path} holds images of {size} (height, width): more than {MAX_PIXELS:,} pixels")
+
+    def read(start, stop, batch):
+        with reading(path), open_member() as file:
+            file.seek(offset + start * row)
+            for i, j in steps(start, stop, batch, row):
+                images = np.frombuffer(file.read((j - i) * row), dtype).reshape(j - i, *shape[1:])
+                yield images.transpose(0, 2, 3, 1) if planes else images
+    return Source(path.name, path, shape[0], size, dtype, read, lambda: sha256_of(path), protocol)
+
+
+def to_bytes(images, label):
+    """uint8 images as they are; float images in [-1, 1] as uint8; UserError for another range and for NaN."""
+    if images.dtype == np.uint8:
+        return images
+    low, high = float(images.min()), float(images.max())    # NaN if any value is
+    if not np.isfinite([low, high]).all():
+        raise UserError(f"{label} holds values that are not finite (NaN or infinity)")
+    if low < -1 or high > 1:
+        raise UserError(f"{label} holds float images from {low:.4g} to {high:.4g}: "
+                        "[-1, 1], or uint8, is expected")
+    return as_bytes(images)
+
+
+def check_range(source):
+    """UserError where the first images of a Source are neither bytes nor in [-1, 1], but in [0, 1]."""
+    head = next(source.read(0, min(source.count, 64), 64))
+    if to_bytes(head, source.label).min() >= 128 and head.dtype != np.uint8:
+        raise UserError(f"{source.label} holds float images, none negative: [-1, 1], or uint8, is expected")
+
+
+# - the sources: each returns the number of images, an iterator of their (name, payload), the split and notes
 
 def _payload(read, *which):
     """read(*which), or in its place the error: one damaged image is told, or left out, with the others."""
@@ -210,65 +476,124 @@ def _payload(read, *which):
         return error
 
 
+def _choose(src, names, split):
+    """Of the images called `names`, those of a split -> their names, the split, what is said of it.
+
+    Folders at the top, below one that holds all, are splits by name (SPLITS). split None: train, if all of
+    them are splits, and all, if none is; else UserError, as where the split is not there.
+    """
+    paths = [name.split("/") for name in names]
+    depth = 0
+    while (all(len(path) > depth + 1 for path in paths) and len({path[depth] for path in paths}) == 1
+           and paths[0][depth].lower() not in SPLITS):
+        depth += 1
+    tops = [path[depth] if len(path) > depth + 1 else "" for path in paths]
+    counts = collections.Counter(tops)
+    kinds = {top: SPLITS.get(top.lower()) for top in counts}
+
+    def told(some):
+        some = sorted(some)
+        return ", ".join([f"{counts[top]:,} ({f'folder {top}' if top else 'in no folder'})"
+                          for top in some[:5]] + ["..."] * (len(some) > 5))
+    if split is None:
+        if any(kinds.values()) and not (all(kinds.values()) and "train" in kinds.values()):
+            named = next(top for top in sorted(kinds) if kinds[top])
+            raise UserError(f"--src {src} holds images: {told(kinds)}; {named!r} can be a split or a class: "
+                            f"--split all takes all, --split {kinds[named]} that folder")
+        split = "train" if any(kinds.values()) else "all"
+    taken = [top for top in kinds if split in ("all", kinds[top])]
+    if not taken:
+        raise UserError(f"--src {src} has no folder {split!r} of images, only {told(kinds)}: --split all "
+                        "takes all")
+    chosen = [name for name, top in zip(names, tops) if top in taken]
+    others = told(set(kinds) - set(taken))
+    return chosen, split, [f"{len(chosen):,} of {len(names):,} images: folder {', '.join(sorted(taken))}; "
+                           f"not: {others or 'none'}"] if split != "all" else []
+
+
 def _image_files(src, split):
     """The split of a folder, zip or tar. Payload: the Path or the bytes of an image file."""
-    names, read = image_members(src)
-    folders = {part for name in names for part in name.split("/")[:-1]} & {"train", "test", "val"}
-    if folders or split != "train":
-        names = [name for name in names if split in name.split("/")[:-1]]
-        if not names:
-            found = ", ".join(sorted(folders)) or "others"
-            raise UserError(f"--src {src} has no folder {split!r} of images, only {found}")
-    return len(names), ((name, _payload(read, name)) for name in names)
+    every, read, left = image_members(src)
+    names, split, notes = _choose(src, every, split)
+    items = ((name, _payload(read, name)) for name in names)
+    return len(names), items, split, [files_told(len(every), left), *notes]
+
+
+def _array_images(src, split):
+    """All of an .npz or .npy. Payload: uint8 [H, W, 3]."""
+    if split not in (None, "all"):
+        raise UserError(f"--split {split}: {src} is one array of images, without folders")
+    source = array_source(src)
+    check_range(source)
+    images = (image for block in source.read(0, source.count, 64) for image in to_bytes(block, source.label))
+    return source.count, ((f"image {i}", image) for i, image in enumerate(images)), "all", []
 
 
 def _cifar10_records(src, split):
-    """The binary version of CIFAR-10, a tar. Payload: uint8 [3, 32, 32] (after a label byte in the file)."""
-    wanted = [f"data_batch_{i}.bin" for i in range(1, 6)] if split == "train" else ["test_batch.bin"]
-    try:
-        with tarfile.open(src, "r:*") as archive:
-            blobs = {Path(member.name).name: archive.extractfile(member).read() for member in archive
-                     if member.isreg() and Path(member.name).name in wanted and member.size <= MAX_BYTES}
-    except Exception as error:                              # tarfile raises almost anything
-        raise UserError(f"--src {src} is neither a folder nor a whole zip or tar ({error})") from error
+    """The binary version of CIFAR-10, a tar(.gz) or folder. Payload: uint8 [32, 32, 3] (after a label byte in
+    the file). None where src holds no .bin files."""
+    unpacked = None
+    if os.path.isfile(src) and _head(src).startswith(b"\x1f\x8b"):
+        with reading(f"--src {src}, which should be a whole zip or tar"), gzip.open(src) as file:
+            unpacked = file.read(MAX_BYTES + 1)             # it has 184 MB
+        if len(unpacked) > MAX_BYTES:
+            raise UserError(f"--src {src} unpacks to more than {MAX_BYTES:,} bytes: not CIFAR-10")
+    members, open_member, _ = _members(src, unpacked)
+    strange = next((name for name in members if name.endswith("data_batch_1")), None)
+    if strange and unpacked:
+        raise UserError(f"--src {src} holds {_strange(strange)}")
+    found = {Path(name).name: member for name, member in members.items() if name.endswith(".bin")}
+    if not found and unpacked is None:
+        return None
+    split, files = split or "train", dict(train=[f"data_batch_{i}.bin" for i in range(1, 6)],
+                                          test=["test_batch.bin"])
+    wanted, records = files.get(split) or sum(files.values(), []), []
     for name in wanted:
-        if len(blobs.get(name, "")) != 10_000 * 3073:
-            raise UserError(f"--src {src}: {name} has {len(blobs.get(name, '')):,} bytes, not 30,730,000; "
-                            "needed is cifar-10-binary.tar.gz (not python or matlab), or images")
+        with reading(f"--src {src}: {name}"), (
+                open_member(found[name][1]) if name in found else io.BytesIO()) as file:
+            content = file.read(30_730_001)
+        if len(content) != 30_730_000:
+            length = f"{len(content):,}" if len(content) < 30_730_000 else "more"
+            raise UserError(f"--src {src}: {name} has {length} bytes, not 30,730,000; needed is "
+                            "cifar-10-binary.tar.gz (not python or matlab), or images")
+        records.append(np.frombuffer(content, np.uint8).reshape(-1, 3073))
     return 10_000 * len(wanted), (
-        (f"{name} record {i}", record[1:].reshape(3, 32, 32)) for name in wanted
-        for i, record in enumerate(np.frombuffer(blobs[name], np.uint8).reshape(-1, 3073)))
+        (f"{name} record {i}", record[1:].reshape(3, 32, 32).transpose(1, 2, 0))
+        for name, some in zip(wanted, records) for i, record in enumerate(some)), split, []
 
 
-def _npz_rows(files):
-    """Downsampled ImageNet. Payload: uint8 [3, 64, 64], a row of `data`, streamed: a file has 1.6 GB."""
+def _npz_rows(files, split):
+    """Downsampled ImageNet. Payload: uint8 [64, 64, 3], a row of `data`, streamed: a file has 1.6 GB."""
     streams = []
     for file in files:
-        try:
-            stream = zipfile.ZipFile(file).open("data.npy")
-            np.lib.format.read_magic(stream)
-            shape, fortran, dtype = np.lib.format.read_array_header_1_0(stream)
+        with reading(file):
+            archive = zipfile.ZipFile(file)
+            stream = archive.open("data.npy")
+            shape, fortran, dtype = array_header(stream, file, archive.getinfo("data.npy").file_size)
             if dtype != np.uint8 or fortran or shape[1:] != (12288,) or shape[0] < 1:
                 raise ValueError(f"`data` is {dtype} {shape}, not uint8 [N, 12288]")
-        except (zipfile.BadZipFile, KeyError, ValueError, OSError) as error:
-            raise UserError(f"cannot read {file}: {error}") from error
         streams.append((file.name, stream, shape[0]))
+    there = {file.name for file in files}
+    batches = [f"train_data_batch_{i}.npz" for i in range(1, 11)] if split != "val" else []
+    missing = [name for name in batches if name not in there]
+    notes = [f"{', '.join(sorted(there))} used" + f"; missing: {', '.join(missing)}" * bool(missing)]
 
     def next_row(stream):
-        return np.frombuffer(stream.read(12288), np.uint8).reshape(3, 64, 64)
+        return np.frombuffer(stream.read(12288), np.uint8).reshape(3, 64, 64).transpose(1, 2, 0)
     return sum(count for _, _, count in streams), (
         (f"{name} row {row}", _payload(next_row, stream))
-        for name, stream, count in streams for row in range(count))
+        for name, stream, count in streams for row in range(count)), split, notes
 
 
 def _source(name, src, split):
-    """The reader that fits: of the data set's own files, or of images."""
-    batches = sorted(src.glob(f"{split}_data*.npz"), key=lambda file: (len(file.name), file.name))
-    if name == "imagenet64" and batches:
-        return _npz_rows(batches)
-    if name == "cifar10" and not (src.is_dir() or zipfile.is_zipfile(src)):
-        return _cifar10_records(src, split)
-    return _image_files(src, split)
+    """The reader that fits: of the data set's own files, of an array, or of images."""
+    own = f"{'*' if split == 'all' else split or 'train'}_data*.npz"
+    files = [src] if src.match(own) else sorted(src.glob(own), key=lambda file: (len(file.name), file.name))
+    if name == "imagenet64" and files:
+        return _npz_rows(files, split or "train")
+    if src.suffix.lower() in (".npy", ".npz") and os.path.isfile(src):
+        return _array_images(src, split)
+    return (name == "cifar10" and _cifar10_records(src, split)) or _image_files(src, split)
 
 
 # ------------------------------------------------------------------------------------- the work on each image
@@ -284,23 +609,35 @@ def _decode(item, size, crop):
         if isinstance(payload, Exception):
             raise payload
         if isinstance(payload, np.ndarray):
-            image = Image.fromarray(np.ascontiguousarray(payload.transpose(1, 2, 0)))
+            image = Image.fromarray(np.ascontiguousarray(payload))
         else:
             image = open_image(payload)
         width, height = image.size
+        if crop and image.size != ALIGNED:
+            raise ValueError(f"{width} x {height} pixels")
         side = crop or min(width, height)
         if not size <= side <= min(width, height):
             raise ValueError(f"{width} x {height} pixels, {side} used, are too few for --size {size}")
+        deep = is_deep(image)
+        if image.mode == "F":
+            raise ValueError("pixels are floating-point numbers, of an unknown range")
         if image.mode.startswith("I"):                      # 16-bit grey, which convert() would clip at 255
-            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+            values = np.asarray(image)
+            if values.min() < 0 or values.max() >= 1 << 16:
+                raise ValueError(f"pixels from {values.min()} to {values.max()}: not of 8 or 16 bits")
+            image = Image.fromarray((values >> 8).astype(np.uint8))
+        colours = [image.getchannel(band) for band in image.getbands() if band != "A"] if deep else []
+        if deep and max(channel.getextrema()[1] for channel in colours) < 16:     # it would be almost black
+            raise ValueError("16 bits a pixel, but no value above 4095: scale it to 8 bits first")
         if "A" in image.getbands() or "transparency" in image.info:
             white = Image.new("RGBA", image.size, "white")
             image = Image.alpha_composite(white, image.convert("RGBA"))
         left, top = (width - side) // 2, (height - side) // 2
         box = (left, top, left + side, top + side)
         # In float: Pillow rounds bytes up after each of its two passes, half a level too bright at 32 -> 16.
-        channels = [channel.convert("F").resize((size, size), Image.Resampling.BOX, box)
-                    for channel in image.convert("RGB").split()]
+        image = image if image.mode == "RGB" else image.convert("RGB")             # which would copy it
+        channels = [image.getchannel(i).convert("F").resize((size, size), Image.Resampling.BOX, box)
+                    for i in range(3)]
         return np.rint(channels).astype(np.uint8)
     except Exception as error:                              # Pillow raises almost anything on a broken file
         raise UserError(f"{name!r} ({error or type(error).__name__})") from error
@@ -336,6 +673,7 @@ def _draw_shapes(item, size):
 def _start_worker():
     """A worker ends with its parent, however that ends; Ctrl-C is the parent's business."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    warnings.simplefilter("ignore")                         # Pillow's, of images that it reads all the same
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
@@ -350,15 +688,53 @@ def _block(work, items):
     return np.array(done), broken
 
 
+def _cut(items, length, image_bytes):
+    """Yields lists of at most `length` items and BLOCK_BYTES, or of one larger item, each list with its
+    bytes: those of the payloads in memory and of the images that are made of them."""
+    some, nbytes = [], 0
+    for item in items:
+        payload = item[1] if isinstance(item[1], (bytes, np.ndarray)) else b""
+        more = image_bytes + memoryview(payload).nbytes
+        if some and (len(some) == length or nbytes + more > BLOCK_BYTES):
+            yield some, nbytes
+            some, nbytes = [], 0
+        some.append(item)
+        nbytes += more
+        del item, payload                                   # it may have 268 MB, like the next
+        if nbytes > BLOCK_BYTES:
+            yield some, nbytes
+            some, nbytes = [], 0
+    if some:
+        yield some, nbytes
+
+
 def _image_blocks(work, items, size, workers):
-    """work on all items, in parallel and in their order, with few of them in memory at a time."""
-    length, pending = max(1, min(64, (1 << 21) // (3 * size * size))), collections.deque()
-    with concurrent.futures.ProcessPoolExecutor(workers, initializer=_start_worker) as pool:
-        while (some := list(itertools.islice(items, length))) or pending:
-            if some:
-                pending.append(pool.submit(_block, work, some))
-            if not some or len(pending) > 2 * workers:
-                yield pending.popleft().result()
+    """work on all items, in parallel and in their order, with few of them in memory at a time: at most
+    FLYING_BYTES on their way. UserError if the workers cannot be started, or one is killed."""
+    image_bytes, pending, flying = 3 * size * size, collections.deque(), 0
+
+    def finished():
+        nonlocal flying
+        done, nbytes = pending.popleft()
+        flying -= nbytes
+        return done.result()
+    try:
+        with concurrent.futures.ProcessPoolExecutor(workers, initializer=_start_worker) as pool:
+            for some, nbytes in _cut(items, max(1, min(64, (1 << 21) // image_bytes)), image_bytes):
+                large = nbytes > BLOCK_BYTES                # sent to a worker, it would be there four times
+                while pending and (large or len(pending) > 2 * workers or flying + nbytes > FLYING_BYTES):
+                    yield finished()
+                if large:
+                    yield _block(work, some)
+                else:
+                    pending.append((pool.submit(_block, work, some), nbytes))
+                    flying += nbytes
+                del some
+            while pending:
+                yield finished()
+    except (concurrent.futures.process.BrokenProcessPool, OSError) as error:
+        raise UserError("a worker process could not start or was killed, as where memory is short "
+                        f"({error}): try fewer than --workers {workers}") from error
 
 
 def _subspace_blocks(images, components, count, seed, truth):
@@ -389,9 +765,9 @@ def _subspace_blocks(images, components, count, seed, truth):
         yield (mean + (a * scale) @ basis).astype(np.float32).reshape(-1, *images.shape), []
 
 
-def _write(path, blocks, dtype, count, size, skip_broken=False):
+def _write(path, blocks, dtype, count, size, skip_broken=False, advice="Repair or remove them"):
     """Writes blocks of `count` images in all as one .npy file. -> what the .json says of it. UserError if the
-    disk is too small or, without skip_broken, an image is broken."""
+    disk is too small or, without skip_broken, an image is broken, with an advice."""
     def header(rows):                                       # as long for any count: it is written twice
         facts = dict(descr=np.dtype(dtype).str, fortran_order=False, shape=(rows, 3, size, size))
         np.lib.format.write_array_header_1_0(file, facts)
@@ -417,7 +793,7 @@ def _write(path, blocks, dtype, count, size, skip_broken=False):
         problem = f"{len(broken):,} of {kept + len(broken):,} images are unusable: {some}"
         if broken and not (skip_broken and kept):
             otherwise = ", or leave them out with --skip-broken" if kept else ""
-            raise UserError(f"{problem}. Repair or remove them{otherwise}")
+            raise UserError(f"{problem}. {advice}{otherwise}")
         file.seek(0)
         header(kept)
         progress.close()
@@ -434,17 +810,18 @@ def _arguments(argv):
     parser = parser_of(__doc__)
     add = parser.add_argument
     add("name", help=f"{', '.join(SIZES)}, or a name of your own with --src and --size")
-    add("--src", type=Path, help="folder, zip or tar of images, or the data set's own files "
+    add("--src", type=Path, help="folder, zip or tar of images, .npz or .npy, or the data set's own files "
         "(default: cifar10 is downloaded, shapes and subspace are drawn)")
     add("--size", type=int, help="height and width in pixels (default: the paper's)")
-    add("--split", choices=["train", "test", "val"], help="the part of --src to take; test and val are saved "
-        "as NAME-test and NAME-val (default: train, or all if --src has no such folders)")
+    add("--split", choices=["train", "test", "val", "all"], help="the part of --src to take; test and val "
+        "are saved as NAME-test and NAME-val (default: train, or all if --src has no such folders)")
     add("--num-samples", type=int, help="shapes, subspace: number of images (default: 10000, 50000)")
     add("--seed", type=int, help="shapes, subspace: seed of the drawing (default: 0)")
     add("--images", help="subspace: the prepared data set to linearise (default: shapes)")
     add("--components", type=int, help="subspace: number of principal components (default: 25)")
     add("--out", type=Path, default=Path("data"), help="folder for the result (default: data)")
-    add("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: one per core)")
+    add("--workers", type=int, default=min(os.cpu_count() or 1, 256),
+        help="processes (default: one per core)")
     add("--skip-broken", action="store_true", help="leave out images that are broken or too small")
     args = parser.parse_args(argv)
     name, drawn, linear = args.name, args.name in DRAWN, args.name == "subspace"
@@ -456,14 +833,14 @@ def _arguments(argv):
             raise UserError(f"--{flag.replace('_', '-')} is not for {name}")
     largest = 32 if linear else math.inf                    # PCA takes a matrix of (3 size^2)^2 numbers
     check_ranges(args, size=(1, largest), num_samples=(1, math.inf), seed=(0, math.inf),
-                 components=(1, math.inf), workers=(1, math.inf))
+                 components=(1, math.inf), workers=(1, 256))
     if name not in SIZES and not (args.src and args.size):
         raise UserError(f"{name!r} is none of {', '.join(SIZES)}; a set of your own needs --src and --size")
     if name == "cifar10" and args.split == "val":
         raise UserError("--split val: cifar10 has train and test only")
-    if args.src and not args.src.exists():
-        raise UserError(f"--src {args.src} does not exist")
-    args.size, args.split = args.size or SIZES[name], args.split or "train"
+    if args.src:
+        check_regular(args.src, f"--src {args.src}")
+    args.size = args.size or SIZES[name]                    # none of these is 0, which is refused above
     if drawn:
         args.num_samples, args.seed = args.num_samples or DRAWN[name], args.seed or 0
     if linear:
@@ -477,12 +854,14 @@ def _label(src):
 
 def _settings(args):
     """What the .json says of how the data set was made, as far as the flags tell."""
-    name = args.name if args.split == "train" else f"{args.name}-{args.split}"
-    settings = dict(name=name, size=args.size, split=args.split)
+    name = f"{args.name}-{args.split}" if args.split in ("test", "val") else args.name
+    settings = dict(name=name, size=args.size)
+    if args.split:
+        settings["split"] = args.split
     if args.src:
         settings["source"] = _label(args.src)
     if args.name in DRAWN:
-        settings.update(count=args.num_samples, seed=args.seed, source=args.images or "drawn")
+        settings.update(split="train", count=args.num_samples, seed=args.seed, source=args.images or "drawn")
     if args.components:
         settings["components"] = args.components
     return settings
@@ -491,7 +870,7 @@ def _settings(args):
 def _is_there(settings, folder):
     """Whether the data set is prepared. UserError if that was done with other settings."""
     array, info, _ = prepared_files(settings["name"], settings["size"], folder)
-    if not (array.exists() and info.exists()):
+    if not (os.path.isfile(array) and os.path.isfile(info)):
         return False
     images = Images(settings["name"], settings["size"], folder)
     differ = [f"{key} {images.info.get(key)!r}, now {value!r}" for key, value in settings.items()
@@ -499,7 +878,8 @@ def _is_there(settings, folder):
     if differ:
         raise UserError(f"{array} was made with {'; '.join(differ)}: delete it and {info}, or choose another "
                         "--out")
-    print(f"{array} is there: {len(images):,} images (source: {images.info['source']})")
+    print(f"{array} is there: {len(images):,} images (source: "
+          f"{images.info.get('source')}, split: {images.info.get('split')})")
     return True
 
 
@@ -521,19 +901,26 @@ def _prepare_subspace(args, array, truth):
 
 
 def _prepare_images(args, array):
+    facts, advice = {}, "Repair or remove them"
     if args.name == "shapes":
         count, items = args.num_samples, ((args.seed, i) for i in range(args.num_samples))
-        work, source = functools.partial(_draw_shapes, size=args.size), "drawn"
+        work = functools.partial(_draw_shapes, size=args.size)
     else:
         src, archive = args.src, args.out / "cifar-10-binary.tar.gz"
         if not src:                                         # its train and its test set need the same file
             with _one_at_a_time(archive):
                 src = download(path=archive, **CIFAR10)
-        count, items = _source(args.name, src, args.split)
+        count, items, split, notes = _source(args.name, src, args.split)
+        facts = dict(source=_label(src), split=split, notes=notes)
+        for note in notes:
+            print(note)
         crop = 140 if args.name == "celeba" else None
-        work, source = functools.partial(_decode, size=args.size, crop=crop), _label(src)
+        if crop:
+            advice = ("Aligned CelebA (178 x 218) is needed; images already cropped are a set of your own: "
+                      f"python data.py mine --src {src} --size {args.size}")
+        work = functools.partial(_decode, size=args.size, crop=crop)
     blocks = _image_blocks(work, items, args.size, args.workers)
-    return dict(source=source) | _write(array, blocks, "uint8", count, args.size, args.skip_broken)
+    return facts | _write(array, blocks, "uint8", count, args.size, args.skip_broken, advice)
 
 
 def main(argv=None):
@@ -546,6 +933,8 @@ def main(argv=None):
         raise UserError(f"{args.name} cannot be downloaded by a script. Get {BY_HAND[args.name]}; then run "
                         f"python data.py {args.name} --src FOLDER_OR_ARCHIVE")
     array, info, truth = prepared_files(settings["name"], args.size, args.out)
+    for path in (array, info):
+        check_out(path)
     with _one_at_a_time(array):
         if _is_there(settings, args.out):                   # after waiting
             return

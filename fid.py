@@ -13,7 +13,8 @@ first). Only a distance on the features of the published Inception weights is ca
 in order, split after split.
 """
 
-import contextlib
+import common                                               # first: it answers Ctrl-C while others load
+
 import functools
 import hashlib
 import json
@@ -23,36 +24,24 @@ import sys
 import time
 import zipfile
 from pathlib import Path
-from typing import Any, Callable, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from scipy.linalg import lapack
 
-from common import (Progress, UserError, all_sum, as_bytes, atomic_write, check_ranges, command_line,
-                    download, gather, is_first_process, noise_estimate, parser_of, protocol_in, sha256_of,
-                    start_processes, together, write_json)
-from data import Images, image_members, open_image
+from common import (Progress, UserError, all_sum, atomic_write, check_out, check_ranges, command_line,
+                    download, gather, is_first_process, noise_estimate, parser_of, sha256_of, start_processes,
+                    together, write_json)
+from data import (Images, Source, array_header, array_source, check_range, check_regular, files_told,
+                  image_members, is_deep, open_image, reading, steps, to_bytes)
 
 RESIZE = {"inception": "TF1 bilinear to 299", "pixels": "box to 8"}
 DIMENSIONS = {"inception": 2048, "pixels": 192}
 
 
 # ----------------------------------------------------- what is judged: images from anywhere, read as a stream
-
-class Source(NamedTuple):
-    """Images [N, H, W, 3], uint8 or float, to be read in order."""
-    label: str                                              # for people
-    path: Path                                              # where they are; results are written beside
-    count: int
-    size: tuple                                             # (H, W)
-    dtype: np.dtype
-    read: Callable                                       # read(start, stop, batch) yields arrays [B, H, W, 3]
-    key: Callable                                           # key() -> a hash of the content
-    protocol: dict = {}                                     # how they were sampled, if the file says so
-    truth: Any = None                                # of subspace data: their distribution, as Images.truth()
-
 
 class Statistics(NamedTuple):
     """Mean [D] and covariance [D, D] (ddof 1) of the features of `count` images (None: not known)."""
@@ -63,92 +52,52 @@ class Statistics(NamedTuple):
     covariance: np.ndarray
 
 
-@contextlib.contextmanager
-def reading(label):
-    """Whatever a damaged file raises while it is read becomes one line, a UserError that names `label`."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:                              # numpy, zipfile and Pillow raise almost anything
-        raise UserError(f"{label}: damaged or unreadable ({error or type(error).__name__})") from error
-
-
 def open_source(name, size=None, data_dir="data"):
     """SAMPLES or --ref as a Source or as Statistics, else UserError; size: of a data set given by name."""
     path = Path(name)
-    if not path.exists():
+    if not os.path.exists(name):                            # False for a name too long, too
         if path.suffix or len(path.parts) != 1:
             raise UserError(f"{name}: no such file or folder")
         try:
             return prepared_source(Images(name, size, data_dir), data_dir)
         except UserError as error:
             raise UserError(f"{name}: no such file or folder, and no prepared data set: {error}") from error
+    check_regular(path, name)
     with reading(path):
-        if path.is_dir() or path.suffix in (".zip", ".tar"):
+        if os.path.isdir(path) or path.suffix.lower() not in (".npy", ".npz"):
             return _folder_or_archive(path.resolve())       # "." has no name
-        if path.suffix == ".npy":
-            return _array(path, lambda: open(path, "rb"), path.stat().st_size, {})
-        if path.suffix == ".npz":
+        if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
-                members = {member.filename: member.file_size for member in archive.infolist()}
-                protocol = protocol_in(archive) if "protocol.npy" in members else {}
-            if "mu.npy" in members and "sigma.npy" in members:
-                return _statistics(path)
-            if "arr_0.npy" not in members:
-                raise UserError(f"{path} holds {', '.join(members) or 'nothing'}; images are expected under "
-                                "arr_0, or statistics under mu and sigma")
-            length = members["arr_0.npy"]
-            return _array(path, lambda: zipfile.ZipFile(path).open("arr_0.npy"), length, protocol)
-    raise UserError(f"{path}: neither an .npz, a .npy, a zip or tar nor a folder of images")
+                if {"mu.npy", "sigma.npy"} <= set(archive.namelist()):
+                    return _statistics(path, archive)
+    return array_source(path)
 
 
 def prepared_source(images, data_dir):
     """The clean images of an `Images` object as a Source."""
     def read(start, stop, batch):
-        for i in range(start, stop, batch):
-            yield images.array[i:min(i + batch, stop)].transpose(0, 2, 3, 1)
+        for i, j in steps(start, stop, batch, images.array[0].nbytes):
+            yield images.array[i:j].transpose(0, 2, 3, 1)
     label = f"{images.name}-{images.size}"
+
+    def key():
+        with reading(f"{label}.json"):
+            return str(images.info["sha256"])
     truth = images.truth() if images.array.dtype.kind == "f" else None
-    return Source(label, Path(data_dir) / label, len(images), images.shape[1:], images.array.dtype, read,
-                  lambda: images.info["sha256"], truth=truth)
-
-
-def _array(path, open_member, length, protocol):
-    """An array [N, H, W, 3] in a file of `length` bytes, as a stream: an .npz cannot be memory-mapped."""
-    with open_member() as file:
-        version = np.lib.format.read_magic(file)
-        header = (np.lib.format.read_array_header_1_0 if version == (1, 0)
-                  else np.lib.format.read_array_header_2_0)
-        shape, fortran, dtype = header(file)
-        offset = file.tell()
-    if len(shape) != 4 or shape[3] != 3 or fortran or 0 in shape:
-        order = " in Fortran order" if fortran else ""
-        raise UserError(f"{path} holds {dtype} {shape}{order}; colour images [N, H, W, 3] are expected")
-    if dtype != np.uint8 and dtype.kind != "f":
-        raise UserError(f"{path} holds {dtype}; uint8 images, or float images in [-1, 1], are expected")
-    row = math.prod(shape[1:]) * dtype.itemsize
-    if length < offset + shape[0] * row:
-        raise UserError(f"{path} is truncated: it ends in image {(length - offset) // row:,} of {shape[0]:,}")
-
-    def read(start, stop, batch):
-        with reading(path), open_member() as file:
-            file.seek(offset + start * row)
-            for i in range(start, stop, batch):
-                images = min(batch, stop - i)
-                yield np.frombuffer(file.read(images * row), dtype).reshape(images, *shape[1:])
-    return Source(path.name, path, shape[0], shape[1:3], dtype, read, lambda: sha256_of(path), protocol)
+    return Source(label, Path(data_dir) / label, len(images), images.shape[1:], images.array.dtype, read, key,
+                  truth=truth)
 
 
 def _folder_or_archive(path):
     """A folder, zip or tar of images, by name. All headers are read first: cheap, and finds most faults."""
-    names, payload = image_members(path)
+    names, payload, left = image_members(path)
 
     def picture(name, decode):
         with reading(f"{path}/{name}"), open_image(payload(name)) as image:
-            if image.mode != "RGB" or "transparency" in image.info:
-                raise UserError(f"{path}/{name} is of mode {image.mode}; "
-                                "opaque colour images (RGB) are expected")
+            if image.mode != "RGB" or "transparency" in image.info or is_deep(image):
+                deep = ", of 16 bits" if is_deep(image) else ""
+                raise UserError(f"{path}/{name} is of mode {image.mode}{deep}; "
+                                "opaque colour images (RGB) of 8 bits are expected")
             return np.asarray(image) if decode else (image.height, image.width)
     size = picture(names[0], False)
     for name in names:
@@ -156,8 +105,8 @@ def _folder_or_archive(path):
             raise UserError(f"{path} has mixed sizes (height, width): {names[0]} is {size}, {name} {found}")
 
     def read(start, stop, batch):
-        for i in range(start, stop, batch):
-            yield np.stack([picture(name, True) for name in names[i:min(i + batch, stop)]])
+        for i, j in steps(start, stop, batch, 3 * size[0] * size[1]):
+            yield np.stack([picture(name, True) for name in names[i:j]])
 
     def key():
         digest = hashlib.sha256()
@@ -166,41 +115,31 @@ def _folder_or_archive(path):
             content = content.read_bytes() if isinstance(content, Path) else content
             digest.update(hashlib.sha256(content).digest())
         return digest.hexdigest()
-    return Source(path.name, path, len(names), size, np.dtype(np.uint8), read, key)
+    note = f"{path.name}: {files_told(len(names), left)}" if left else ""
+    return Source(path.name, path, len(names), size, np.dtype(np.uint8), read, key, note=note)
 
 
-def _statistics(path):
+def _statistics(path, archive):
+    found = {}                                              # read from the headers, before memory is taken
+    for member in archive.infolist():
+        if member.filename in ("mu.npy", "sigma.npy", "n.npy"):
+            with archive.open(member) as file:
+                found[member.filename[:-4]] = array_header(file, path, member.file_size)
+    (mu, _, mu_type), (sigma, _, sigma_type) = found["mu"], found["sigma"]
+    n, *_ = found.get("n", [()])
+    if (len(mu) != 1 or mu[0] not in DIMENSIONS.values() or sigma != 2 * mu or n != ()
+            or {mu_type.kind, sigma_type.kind} != {"f"}):
+        features = ", ".join(f"{size} of {name}" for name, size in DIMENSIONS.items())
+        raise UserError(f"{path}: mu is {mu_type} {mu} and sigma {sigma_type} {sigma}; floats [D] and [D, D] "
+                        f"are expected, D the number of features: {features}")
     with np.load(path, allow_pickle=False) as file:
         mean, covariance = file["mu"].astype(np.float64), file["sigma"].astype(np.float64)
         count = int(file["n"]) if "n" in file else None
-    if mean.ndim != 1 or covariance.shape != 2 * mean.shape:
-        raise UserError(f"{path}: mu is {mean.shape} and sigma {covariance.shape}; "
-                        "[D] and [D, D] are expected")
-    if not (np.isfinite(mean).all() and np.isfinite(covariance).all() and covariance.diagonal().min() >= 0
+    if not (max(abs(mean).max(), abs(covariance).max()) < 1e100 and covariance.diagonal().min() >= 0
             and np.allclose(covariance, covariance.T, rtol=1e-6, atol=1e-9)):
         raise UserError(f"{path}: mu and sigma are no mean and covariance "
-                        "(not finite, not symmetric or negative)")
+                        "(not finite, too large, not symmetric or negative)")
     return Statistics(path.name, path, count, mean, covariance)
-
-
-def to_bytes(images, label):
-    """uint8 images as they are; float images in [-1, 1] as uint8; UserError for another range and for NaN."""
-    if images.dtype == np.uint8:
-        return images
-    low, high = float(images.min()), float(images.max())    # NaN if any value is
-    if not np.isfinite([low, high]).all():
-        raise UserError(f"{label} holds values that are not finite (NaN or infinity)")
-    if low < -1 or high > 1:
-        raise UserError(f"{label} holds float images from {low:.4g} to {high:.4g}: "
-                        "[-1, 1], or uint8, is expected")
-    return as_bytes(images)
-
-
-def check_range(source):
-    """UserError where the first images of a Source are neither bytes nor in [-1, 1], but in [0, 1]."""
-    head = next(source.read(0, min(source.count, 64), 64))
-    if to_bytes(head, source.label).min() >= 128 and head.dtype != np.uint8:
-        raise UserError(f"{source.label} holds float images, none negative: [-1, 1], or uint8, is expected")
 
 
 def check_pair(samples, reference):
@@ -652,7 +591,7 @@ def arguments(argv):
     parser.add_argument("--weights",
                         help="file with Inception weights (default: the published ones, downloaded once)")
     parser.add_argument("--batch", type=int, default=32, help="images at a time, per process (default 32)")
-    parser.add_argument("--splits", type=int, default=10, help="splits of the Inception Score (default 10)")
+    parser.add_argument("--splits", type=int, help="splits of the Inception Score (default 10)")
     parser.add_argument("--size", type=int,
                         help="of a data set given by name (default: as SAMPLES, or the paper's)")
     parser.add_argument("--data-dir", default="data",
@@ -663,12 +602,18 @@ def arguments(argv):
     if args.out and len(args.samples) > 1:
         raise UserError(f"--out {args.out}: is the result of one SAMPLES; "
                         f"{len(args.samples)} are given, leave it out")
-    check_ranges(args, batch=(1, math.inf), splits=(1, math.inf), size=(1, math.inf))
+    check_ranges(args, batch=(1, 10_000), splits=(1, math.inf), size=(1, math.inf))
     return args
 
 
+def check_default_out(out, beside):
+    """Refuses, before the work, an --out that cannot be written or, where out is None, what takes its place
+    beside SAMPLES."""
+    check_out(out or beside, "--out" if out else "--out is not given, and the default")
+
+
 def open_pair(path, args):
-    """-> the SAMPLES at path, args.ref, what they are compared on, warnings.
+    """-> the SAMPLES at path, args.ref, what they are compared on, the score's splits, warnings.
 
     UserError, before any work, where they cannot be compared."""
     samples = open_source(path, args.size, args.data_dir)
@@ -680,6 +625,14 @@ def open_pair(path, args):
             raise UserError(f"--features {args.features}: not with {reference.label}, "
                             "a known Gaussian (FD-exact)")
         features = "exact"
+    for flag in ("weights", "splits"):
+        if features != "inception" and getattr(args, flag) is not None:
+            raise UserError(f"--{flag} {getattr(args, flag)}: is of the Inception network, which "
+                            f"FD-{features} does without")
+    if args.size and os.path.exists(path) and os.path.exists(args.ref):
+        raise UserError(f"--size {args.size}: is of a data set given by name; "
+                        f"{path} and {args.ref} are files")
+    check_default_out(args.out, samples.path.with_name(f"{samples.label}.fd-{features}.json"))
     sources = [source for source in (samples, reference) if isinstance(source, Source)]
     for source in (samples, reference):
         if source.count is not None and source.count < 2:
@@ -692,8 +645,10 @@ def open_pair(path, args):
         check_pair(samples, reference)
     elif sources:
         check_range(*sources)
-    if features == "inception" and isinstance(samples, Source) and samples.count < args.splits:
-        raise UserError(f"--splits {args.splits}: {samples.label} has only {samples.count} images")
+    splits = 10 if args.splits is None else args.splits
+    if features == "inception" and isinstance(samples, Source) and samples.count < splits:
+        raise UserError(f"--splits {splits}: {samples.label} has only {samples.count} images")
+    warnings += [source.note for source in sources if source.note]
     for source in sources if features in DIMENSIONS else ():
         if features == "pixels" and (source.size[0] % 8 or source.size[1] % 8):
             raise UserError(f"--features pixels: {source.size}, of {source.label}, are not multiples of 8")
@@ -701,7 +656,7 @@ def open_pair(path, args):
                   (10_000, "the distance comes out too large"))
         warnings += [f"{source.label}: {source.count:,} images are fewer than {limit:,}, {effect}"
                      for limit, effect in limits if source.count < limit]
-    return samples, reference, features, warnings
+    return samples, reference, features, splits, warnings
 
 
 def describe(result):
@@ -726,7 +681,7 @@ def evaluate(path, args, process, inception):
 
     inception() -> what `load_inception` gives.
     """
-    samples, reference, features, warnings = together(lambda: open_pair(path, args))
+    samples, reference, features, splits, warnings = together(lambda: open_pair(path, args))
     result = dict(metric=f"FD-{features}", samples=samples.label, n=samples.count, reference=reference.label,
                   n_reference=reference.count, resize=RESIZE.get(features), weights=None,
                   protocol=getattr(samples, "protocol", {}), warnings=warnings, processes=process.world,
@@ -748,7 +703,7 @@ def evaluate(path, args, process, inception):
         target = reference_statistics(reference, extract, features, weights, process, args.batch)
         found, began = samples, time.perf_counter()
         if isinstance(samples, Source):
-            splits = args.splits if features == "inception" else 0
+            splits = splits if features == "inception" else 0
             found, score, noise = measure(samples, extract, features, process, args.batch, splits)
             result["noise_mean"] = noise
             if score:

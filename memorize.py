@@ -16,6 +16,8 @@ runs a copy of yours instead. Its weights are checked by their sha256. Writes th
 the closest pairs: each generated image with its nearest training image to its right.
 """
 
+import common                                               # first: it answers Ctrl-C while others load
+
 import contextlib
 import math
 import os
@@ -30,9 +32,9 @@ import torch.nn.functional as F
 
 from common import (Progress, UserError, as_bytes, check_ranges, command_line, download, parser_of, save_grid,
                     sha256_of, start_processes)
-from data import Images
-from fid import (Source, batches, cached, check_pair, fact, hash_of, open_source, prepared_source, publish,
-                 to_bytes, told)
+from data import Images, Source, to_bytes
+from fid import (batches, cached, check_default_out, check_pair, fact, hash_of, open_source, prepared_source,
+                 publish, told)
 
 REPOSITORY, REVISION = "facebookresearch/dinov2", "e1277af2ba9496fbadf7aec6eba56e8d882d1e35"
 WEIGHTS = {
@@ -207,7 +209,7 @@ def arguments(argv):
     parser.add_argument("--out", type=Path, help="the result as JSON, the picture beside it as .png "
                         "(default: beside SAMPLES as SAMPLES.memorize.json)")
     args = parser.parse_args(argv)
-    check_ranges(args, batch=(1, math.inf), size=(1, math.inf))
+    check_ranges(args, batch=(1, 10_000), size=(1, math.inf))
     if args.out and args.out.suffix != ".json":
         raise UserError(f"--out {args.out}: the name must end in .json")
     if args.features == "pixels" and (args.weights or args.hub_dir):
@@ -216,7 +218,8 @@ def arguments(argv):
 
 
 def open_both(args):
-    """-> samples and training images, each a Source; UserError for what can be refused before any work."""
+    """-> samples and training images, each a Source, and the file for the result; UserError for what can be
+    refused before any work."""
     samples = open_source(args.samples, args.size, args.data_dir)
     if not isinstance(samples, Source):
         raise UserError(f"{samples.label} holds statistics; images are expected")
@@ -232,7 +235,10 @@ def open_both(args):
     if args.features == "pixels" and needed > MAX_BYTES:
         raise UserError(f"--features pixels: {needed / 1e9:.0f} GB of them, more than the "
                         f"{MAX_BYTES / 1e9:.0f} kept in memory; {' and '.join(WEIGHTS)} are smaller")
-    return samples, reference
+    beside = samples.path.with_name(f"{samples.label}.memorize.json")
+    for suffix in (".json", ".png"):
+        check_default_out(args.out and args.out.with_suffix(suffix), beside.with_suffix(suffix))
+    return samples, reference, args.out or beside
 
 
 def closest_pairs(samples, reference, pairs):
@@ -257,7 +263,7 @@ def main(argv=None):
     process, began = start_processes(join=False, tf32=False), time.perf_counter()
     if process.world > 1:
         raise UserError("memorize.py is one process: start it with python, not torchrun")
-    samples, reference = open_both(args)
+    samples, reference, out = open_both(args)
     if args.features == "pixels":
         name, weights, code = "pixels (not DINOv2)", None, None
         extract = centred_pixels(reference, args.batch)
@@ -270,7 +276,7 @@ def main(argv=None):
     closest = similarity.argsort(descending=True, stable=True)[:PAIRS].tolist()
     pairs = [(i, int(index[i])) for i in closest]
     trained_on = fact(samples.protocol, "config", "data", "name")
-    remarks = []
+    remarks = [samples.note] if samples.note else []
     if trained_on not in (None, "?", args.data):            # ? is a public checkpoint's
         remarks.append(f"{samples.label}: the model was trained on {trained_on}")
     result = dict(
@@ -281,7 +287,6 @@ def main(argv=None):
                        train=np.histogram(yardstick, EDGES)[0].tolist()),
         closest=[[i, j, float(similarity[i])] for i, j in pairs], protocol=samples.protocol, warnings=remarks,
         device=process.device.type, train_from_cache=found, seconds=time.perf_counter() - began)
-    out = args.out or samples.path.with_name(f"{samples.label}.memorize.json")
     images = closest_pairs(samples, reference, pairs)
     save_grid(images, out.with_suffix(".png"), columns=min(8, 2 * len(pairs)))
     publish(result, out, describe(result))

@@ -1,5 +1,6 @@
 """data.py: what is read from a prepared data set, how one is prepared, and what is refused."""
 
+import concurrent.futures
 import contextlib
 import errno
 import hashlib
@@ -8,10 +9,13 @@ import json
 import os
 import resource
 import signal
+import struct
 import subprocess
 import sys
 import tarfile
+import threading
 import time
+import tracemalloc
 import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor, TimeoutError
@@ -194,9 +198,10 @@ def test_damaged_data_sets_are_named(array, tmp_path):
     with pytest.raises(UserError, match="toy-8.npy or toy-8.json is damaged .*delete both"):
         Images("toy", 8, tmp_path)
     (tmp_path / "toy-8.npy").write_bytes(WHOLE)
-    (tmp_path / "toy-8.json").write_text("[]")
-    with pytest.raises(UserError, match="toy-8.json is damaged"):
-        Images("toy", 8, tmp_path)
+    for text in ("[]", "[" * 100_000):
+        (tmp_path / "toy-8.json").write_text(text)
+        with pytest.raises(UserError, match="toy-8.json is damaged"):
+            Images("toy", 8, tmp_path)
 
 
 # ---------------------------------------------------------------------------------------------------- sources
@@ -227,10 +232,119 @@ def test_sources_agree(tmp_path):
         assert images.info["count"] == len(images) == 150 and (images.low, images.high) == (-1, 1)
         shas.add(images.info["sha256"])
     assert shas == {hashlib.sha256(expected.tobytes()).hexdigest()}
-    names, read = data.image_members(tmp_path / "folder")
+    names, read, left = data.image_members(tmp_path / "folder")
+    assert left == {"hidden": 4, ".txt": 1}
     assert names == sorted(files) and read(names[0]) == tmp_path / "folder" / names[0]
-    names, read = data.image_members(tmp_path / "t.tar")
+    names, read, _ = data.image_members(tmp_path / "t.tar")
     assert names == [f"./{name}" for name in sorted(files)] and read("./a/000.png") == files["a/000.png"]
+
+
+def test_what_is_taken_and_what_not(tmp_path, capsys):
+    """Catches formats that Pillow reads and data.py does not, files without a suffix or in linked folders
+    left out, names that differ in case only or are no ASCII mixed up, special files opened, and anything that
+    is not taken and not counted."""
+    formats = dict(jpg="JPEG", JPG="JPEG", jfif="JPEG", png="PNG", tif="TIFF", tiff="TIFF", gif="GIF",
+                   bmp="BMP", webp="WEBP", jp2="JPEG2000", ppm="PPM")
+    files = {"no suffix": png("blue"), "\u00e9.png": png("blue"), "e\u0301.png": png("blue")}
+    for suffix, kind in formats.items():
+        file = io.BytesIO()
+        Image.new("RGB", (16, 16), (0, 0, 255)).save(file, kind)
+        files[f"deep/x.{suffix}"] = file.getvalue()
+    others = {"README": b"some text", "a.heic": b"x", "b.HEIC": b"x", ".c.png": png("red"), "d.txt": b""}
+    write_zip(tmp_path / "z.zip", files | others)
+    write_tar(tmp_path / "t.tar", files | others)
+    for name, content in (files | others).items():
+        (tmp_path / "real" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "real" / name).write_bytes(content)
+    links = tmp_path / "links"
+    links.mkdir()
+    os.mkfifo(links / "pipe.png")
+    for name, target in dict(linked="../real", circle=".", dead="nothing").items():
+        (links / name).symlink_to(target)
+    more = {"folder linked twice": 1, "special file or dead link": 2}
+    for src, beside in (("real", {}), ("z.zip", {}), ("t.tar", {}), ("links", more)):
+        names, _, left = data.image_members(tmp_path / src)
+        assert names == sorted(f"linked/{name}" if beside else name for name in files)
+        assert left == {"without suffix": 1, ".heic": 2, "hidden": 1, ".txt": 1} | beside
+    prepare("mine", "--src", links, "--size", 4, "--out", tmp_path)
+    images = Images("mine", 4, tmp_path)
+    told, = images.info["notes"]
+    assert told.startswith("14 images used, 8 files not (2 ") and told in capsys.readouterr().out
+    assert set(told[told.index("(") + 1:-1].split(", ")) == {
+        "2 special file or dead link", "2 .heic", "1 folder linked twice", "1 hidden", "1 without suffix",
+        "1 .txt"}
+    assert (images.array[:, :2] < 4).all() and (images.array[:, 2] > 250).all()
+    with zipfile.ZipFile(tmp_path / "z.zip", "a") as archive, pytest.warns(UserWarning, match="Duplicate"):
+        archive.writestr("e\u0301.png", png("red"))
+    _, read, left = data.image_members(tmp_path / "z.zip")
+    assert left["name given twice"] == 1 and read("e\u0301.png") == png("red")
+
+
+def test_memory_of_large_and_lying_members(tmp_path, monkeypatch):
+    """Catches members unpacked beyond what their header says, or though they are no picture; more bytes on
+    their way to the workers than FLYING_BYTES; a large member sent to one; blocks out of order."""
+    content = png("red") + bytes(20_000_000)
+    src = write_zip(tmp_path / "z.zip", {"a.png": content, "b.png": content[100:]})
+    lying = bytearray(src.read_bytes())
+    for start in (22, lying.index(b"PK\1\2") + 24):         # a.png's size, in both of its headers
+        lying[start:start + 4] = (10_000).to_bytes(4, "little")
+    src.write_bytes(lying)
+    _, read, _ = data.image_members(src)
+    tracemalloc.start()
+    for name, expected in (("a.png", "CRC"), ("b.png", "cannot identify")):
+        with pytest.raises(Exception, match=expected):
+            read(name)
+    assert tracemalloc.get_traced_memory()[1] < 2_000_000
+    tracemalloc.stop()
+    monkeypatch.setattr(data, "BLOCK_BYTES", 1000)
+    monkeypatch.setattr(data, "FLYING_BYTES", 3000)
+    monkeypatch.setattr(concurrent.futures, "ProcessPoolExecutor",
+                        lambda workers, initializer: ThreadPoolExecutor(workers))
+    sizes, here, begun, done, most = [300, 50, 900, 1500, 10, *[990] * 8, 1, 1], [], 0, 0, 0
+
+    def items():
+        nonlocal begun, most
+        for i, size in enumerate(sizes):
+            begun += size
+            most = max(most, begun - done)
+            yield i, bytes(size)
+
+    def work(item):
+        if threading.current_thread() is threading.main_thread():
+            here.append(item[0])
+        return item[0]
+    found = []
+    for block, _ in data._image_blocks(work, items(), 1, 8):
+        found += block.tolist()
+        done = sum(sizes[:len(found)])
+    assert found == list(range(len(sizes))) and here == [3]
+    assert 2000 <= most <= 5000                             # with a block that is being cut, and an item
+
+
+def fall(item, size):
+    """Work that ends its process, as the system does where memory is short."""
+    os._exit(1)
+
+
+def test_killed_worker(tmp_path, monkeypatch):
+    """Catches a traceback when a worker is killed, and what it leaves."""
+    monkeypatch.setattr(data, "_draw_shapes", fall)
+    with pytest.raises(UserError, match="a worker process .* was killed.*try fewer than --workers 1"):
+        prepare("shapes", "--num-samples", 3, "--out", tmp_path)
+    assert os.listdir(tmp_path) == []
+
+
+def test_arrays_are_sources(tmp_path):
+    """Catches an array read in another order, scale or layout than the same images in a folder."""
+    pixels = np.random.default_rng(4).integers(0, 256, (70, 8, 8, 3), dtype=np.uint8)
+    np.savez_compressed(tmp_path / "bytes.npz", pixels)
+    np.savez(tmp_path / "floats.npz", pixels / 127.5 - 1)
+    np.save(tmp_path / "planes.NPY.npy", pixels.transpose(0, 3, 1, 2))
+    os.rename(tmp_path / "planes.NPY.npy", tmp_path / "planes.NPY")
+    for src in ("bytes.npz", "floats.npz", "planes.NPY"):
+        prepare("mine", "--src", tmp_path / src, "--size", 8, "--out", tmp_path / src[:5])
+        images = Images("mine", 8, tmp_path / src[:5])
+        np.testing.assert_array_equal(images.array, pixels.transpose(0, 3, 1, 2))
 
 
 @pytest.mark.parametrize("write", [write_zip, write_tar])
@@ -240,7 +354,7 @@ def test_members_larger_than_an_image_are_not_read(write, tmp_path, monkeypatch)
     monkeypatch.setattr(data, "MAX_BYTES", 100)
     for kind, member in ((zipfile.ZipExtFile, "read"), (tarfile.TarFile, "extractfile")):
         monkeypatch.setattr(kind, member, lambda *_: pytest.fail("it was read"))
-    names, read = data.image_members(src)
+    names, read, _ = data.image_members(src)
     assert names == ["a.png", "b.png"]
     with pytest.raises(ValueError, match="101 bytes are more than 100"):
         read("b.png")
@@ -258,18 +372,46 @@ def test_names_in_an_archive_are_not_paths(write, tmp_path):
     assert (np.load(src.parent / "mine-8.npy")[:, 0] == 255).all()
 
 
-def test_splits(tmp_path):
-    """Catches test images in the training set, and a split that silently falls back to everything."""
-    names = "x/train/b/1.png", "x/test/a/1.png", "x/train/a/1.png"
-    src = write_zip(tmp_path / "z.zip", {name: png((i, 0, 0)) for i, name in enumerate(names)})
-    flags = "mine", "--src", src, "--size", 8, "--out", tmp_path / "out"
+def test_splits(tmp_path, capsys):
+    """Catches test images in the training set, a class folder called train or test taken for a split, a split
+    in another case or another word not seen, and one that silently falls back to everything."""
+    def split_of(names, *flags):
+        src = write_zip(tmp_path / "z.zip", {name: png((i, 0, 0)) for i, name in enumerate(names)})
+        out = tmp_path / f"out{len(list(tmp_path.iterdir()))}"
+        prepare("mine", "--src", src, "--size", 8, "--out", out, *flags)
+        array, = out.glob("*.npy")
+        info = json.loads(array.with_suffix(".json").read_text())
+        return array.name, np.load(array)[:, 0, 0, 0].tolist(), info
+    parts = "x/Train/b/1.png", "x/test/a/1.png", "x/Train/a/1.png", "x/Validation/1.png"
+    taken = {None: ("mine-8.npy", [2, 0], "train"), "train": ("mine-8.npy", [2, 0], "train"),
+             "test": ("mine-test-8.npy", [1], "test"), "val": ("mine-val-8.npy", [3], "val"),
+             "all": ("mine-8.npy", [2, 0, 3, 1], "all")}
+    for split, expected in taken.items():
+        name, values, info = split_of(parts, *(["--split", split] if split else []))
+        assert (name, values, info["split"]) == expected
+        told = [] if split == "all" else [f"{len(values)} of 4 images: folder "]
+        assert [note[:len(told[0])] for note in info["notes"][1:]] == told
+    assert ("2 of 4 images: folder Train; not: 1 (folder Validation), 1 (folder test)\n"
+            in capsys.readouterr().out)
+    deeper = "x/a/train/1.png", "x/b/test/1.png"            # no split: not at the top
+    assert split_of(deeper)[1] == split_of(deeper, "--split", "all")[1] == [0, 1]
+    for names in (["train/1.png", "bus/1.png"], ["train/1.png", "2.png"], ["test/1.png", "val/1.png"]):
+        assert sorted(split_of(names, "--split", "all")[1]) == [0, 1]
+        named = names[0][:-6]
+        with pytest.raises(UserError, match=f"'{named}' can be a split or a class: --split all takes all, "
+                                            f"--split {named} that folder"):
+            split_of(names)
+    with pytest.raises(UserError, match=r"no folder 'val' of images, only 1 .folder bus., 1 .folder train"):
+        split_of(["train/1.png", "bus/1.png"], "--split", "val")
+    src = write_zip(tmp_path / "z.zip", {"bus/1.png": png("red")})
+    flags = "mine", "--src", src, "--size", 8, "--out", tmp_path / "again"
     prepare(*flags)
-    prepare(*flags, "--split", "test")
-    assert Images("mine", 8, tmp_path / "out").array[:, 0, 0, 0].tolist() == [2, 0]
-    test = Images("mine-test", 8, tmp_path / "out")
-    assert test.array[:, 0, 0, 0].tolist() == [1] and test.info["split"] == "test"
-    with pytest.raises(UserError, match="no folder 'val'.*test.*train"):
-        prepare(*flags, "--split", "val")
+    info = tmp_path / "again" / "mine-8.json"
+    info.write_text(info.read_text().replace('"all"', '"train"'))       # as it was written before --split all
+    prepare(*flags)
+    assert "is there: 1 images (source: z.zip, " in capsys.readouterr().out
+    with pytest.raises(UserError, match="was made with split 'train', now 'all'"):
+        prepare(*flags, "--split", "all")
 
 
 MODES = [
@@ -282,6 +424,13 @@ MODES = [
     ("6-cmyk.jpg", Image.new("CMYK", (8, 8), (0, 255, 255, 0)), (255, 0, 0)),
     ("7-deep.png", Image.fromarray(np.full((8, 8), 0x4080, np.uint16)), (0x40, 0x40, 0x40)),
     ("8-one.PNG", Image.new("1", (8, 8), 1), (255, 255, 255))]
+
+
+def deep(values, kind):
+    """An image of 16 or 32 bits a pixel, or of floating-point numbers."""
+    file = io.BytesIO()
+    Image.fromarray(values).save(file, kind)
+    return file.getvalue()
 
 
 def test_decode_modes(tmp_path):
@@ -326,12 +475,12 @@ def test_broken_images(tmp_path):
     a traceback, or is decoded into gigabytes; a format that is none of FORMATS; and files left by the refused
     run."""
     good = {f"{i}.png": png((i, 0, 0), (16, 16)) for i in range(10)}
-    noisy, gif = io.BytesIO(), io.BytesIO()
+    noisy, icon = io.BytesIO(), io.BytesIO()
     pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(noisy, "JPEG")
-    Image.new("RGB", (16, 16)).save(gif, "GIF")
+    Image.new("RGB", (16, 16)).save(icon, "ICO")
     bad = {"3b.png": b"not an image", "5b.jpg": noisy.getvalue()[:2000], "7b.png": png("red", (7, 20)),
-           "8b.png": enormous(), "9b.png": b"", "9c.png": gif.getvalue()}
+           "8b.png": enormous(), "9b.png": b"", "9c.png": icon.getvalue()}
     src = write_zip(tmp_path / "z.zip", good | bad)
     blob = bytearray(src.read_bytes())
     blob[blob.index(b"2.png") + 20] ^= 255                  # 2.png no longer agrees with its CRC
@@ -366,6 +515,13 @@ def test_cifar10_binary(tmp_path, monkeypatch):
     prepare("cifar10", "--split", "test", "--out", tmp_path / "out")    # is there, whatever it was made of
     with pytest.raises(UserError, match="data_batch_1.bin has 1 bytes"):
         prepare("cifar10", "--src", src, "--out", tmp_path / "out")
+    monkeypatch.setattr(data, "MAX_BYTES", 30_000_000)
+    with pytest.raises(UserError, match="there.tar.gz unpacks to more than 30,000,000 bytes: not CIFAR-10"):
+        prepare("cifar10", "--src", src, "--split", "test", "--out", tmp_path / "bomb")
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "test_batch.bin").write_bytes(records.tobytes())
+    count, items, *_ = data._source("cifar10", tmp_path / "bin", "test")         # of a folder: the same
+    assert count == 10_000 and (np.stack([x for _, x in items]) == images.array.transpose(0, 2, 3, 1)).all()
     assert sorted(os.listdir(tmp_path / "out")) == ["cifar-10-binary.tar.gz", "cifar10-test-32.json",
                                                     "cifar10-test-32.npy"]
 
@@ -378,12 +534,16 @@ def test_imagenet_npz(tmp_path):
     prepare("imagenet64", "--src", tmp_path, "--out", tmp_path / "out")
     images = Images("imagenet64", data_dir=tmp_path / "out")
     np.testing.assert_array_equal(images.array, rows.reshape(12, 3, 64, 64))
+    missing = ", ".join(f"train_data_batch_{i}.npz" for i in range(3, 10))
+    assert images.info["notes"][0].endswith(f"batch_2.npz used; missing: {missing}")
     last = tmp_path / "train_data_batch_10.npz"
     whole, bad = last.read_bytes(), []
-    for array in (np.array([{}], dtype=object), rows[0].astype(np.float32), rows[0][:, :3072]):
+    for array, expected in ((np.array([{}], dtype=object), "10.npz holds Python objects"),
+                            (rows[0].astype(np.float32), "10.npz: .*float32"),
+                            (rows[0][:, :3072], r"10.npz: .*\(4, 3072\)")):
         np.savez(last, data=array)
-        bad.append((last.read_bytes(), "cannot read .*batch_10"))
-    bad += [(whole[:-200], "cannot read .*batch_10"),
+        bad.append((last.read_bytes(), expected))
+    bad += [(whole[:-200], "batch_10.npz: damaged"),
             (whole[:20000] + bytes(100) + whole[20100:], "[1-4] of 12 .*batch_10.npz row")]
     for content, expected in bad:
         last.write_bytes(content)
@@ -450,6 +610,29 @@ def sources(tmp_path_factory):
     (folder / "cut.tar.gz").write_bytes(cut)
     write_tar(folder / "cut.tar", {"1.png": good, "2.png": good})
     os.truncate(folder / "cut.tar", 2000)
+    os.mkfifo(folder / "pipe")
+    grey = np.arange(64, dtype=np.uint16).reshape(8, 8) * 65
+    colours = b"".join(b"\0" + (np.arange(24) * 170).astype(">u2").tobytes() for _ in range(8))
+    chunks = ((b"IHDR", struct.pack(">IIBBBBB", 8, 8, 16, 2, 0, 0, 0)), (b"IDAT", zlib.compress(colours)),
+              (b"IEND", b""))
+    rgb = b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+        for kind, content in chunks)
+    for name, content in {
+            "lmdb/data.mdb": b"x", "pq/0.parquet": b"PAR1", "tf/a.tfrecord-00000-of-00001": b"x",
+            "python/data_batch_1": b"\x80\4", "rar/a.rar": b"Rar!", "small/1.png": png("red", (64, 64)),
+            "npz/x/train_data_batch_1.npz": WHOLE, "objects.npy": PICKLED.getvalue(), "torch.pt": b"\x80\2",
+            "12bit/1.png": deep(grey, "PNG"), "12bit/2.tif": deep(grey, "TIFF"), "12bit/3.png": rgb,
+            "float/1.tif": deep(grey.astype(np.float32), "TIFF"),
+            "32bit/1.tif": deep(grey.astype(np.int32) * 100, "TIFF")}.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+    write_zip(folder / "npz.zip", {"x/train_data_batch_1.npz": WHOLE})
+    write_tar(folder / "python.tar.gz", {"x/data_batch_1": b"\x80\4"}, "w:gz")
+    np.save(folder / "unit.npy", np.random.default_rng(0).uniform(size=(5, 8, 8, 3)))
+    with open(folder / "huge.npy", "wb") as file:
+        header = dict(descr="|u1", fortran_order=False, shape=(10**9, 8, 8, 3))
+        np.lib.format.write_array_header_1_0(file, header)
     return folder
 
 
@@ -457,7 +640,26 @@ def sources(tmp_path_factory):
     ("mine --src missing --size 8", "--src missing does not exist"),
     ("mine --src empty --size 8", "empty holds no images"),
     *[(f"mine --src {name} --size 8", f"{name} is not a folder, a whole zip or a whole uncompressed tar")
-      for name in ("cut.zip", "later.zip", "text.zip", "t.tar.gz", "cut.tar", "/dev/null")],
+      for name in ("cut.zip", "later.zip", "text.zip", "cut.tar")],
+    *[(f"mine --src {name} --size 8", f"{name} is neither a regular file nor a folder")
+      for name in ("/dev/zero", "pipe")],
+    ("mine --src t.tar.gz --size 8", "t.tar.gz is compressed as a whole"),
+    ("mine --src rar/a.rar --size 8", "a .rar or .7z archive: unpack it"),
+    ("lsun_bedroom --src lmdb", "lmdb holds an LSUN lmdb: export its images"),
+    ("mine --src pq --size 8", "pq holds a parquet table: "),
+    ("mine --src tf --size 8", "tf holds a file of TensorFlow records: "),
+    ("cifar10 --src python", "python holds the python version of CIFAR-10, .*: the binary version is needed"),
+    ("cifar10 --src python.tar.gz", "python.tar.gz holds the python version of CIFAR-10"),
+    ("imagenet64 --src npz.zip", "npz.zip holds ImageNet's .npz files: .* that lie in FOLDER, unpacked"),
+    ("celeba --src small", "1.png' .64 x 64 pixels.*178 x 218.*python data.py mine --src small --size 64"),
+    ("mine --src objects.npy --size 8", "objects.npy holds Python objects, that is code, which was not run"),
+    ("mine --src torch.pt --size 8", "torch.pt is a pickle of Python objects, that is code"),
+    ("mine --src unit.npy --size 8", "unit.npy holds float images, none negative"),
+    ("mine --src huge.npy --size 8", "huge.npy is truncated: it ends in image 0 of 1,000,000,000"),
+    ("mine --src objects.npy --size 8 --split test", "--split test: objects.npy is one array of images"),
+    ("mine --src 12bit --size 8", "3 of 3 images .*1.png' .16 bits a pixel, but no value above 4095"),
+    ("mine --src float --size 8", "floating-point"),
+    ("mine --src 32bit --size 8", "pixels from 0 to 409500: not of 8 or 16 bits"),
     ("cifar10 --src cut.tar.gz", "whole zip or tar"),
     ("cifar10 --src t.tar.gz", "data_batch_1.bin has 0 bytes"),
     ("cifar10 --split val", "train and test only"), ("mine --src good.zip", "--src and --size"),
@@ -466,12 +668,13 @@ def sources(tmp_path_factory):
     ("cifar10 --num-samples 5", "--num-samples is not for cifar10"),
     ("shapes --src good.zip", "--src is not for shapes"),
     ("shapes --components 3", "--components is not for shapes"), ("shapes --workers 0", "--workers 0"),
+    ("shapes --workers 1000000", "--workers 1000000: must be from 1 to 256"),
     ("shapes --size 0", "--size 0: must be at least 1"),
     ("subspace --size 64", "--size 64: must be from 1 to 32"),
     ("subspace --components 0", "--components 0"),
     ("subspace --images butterflies", "python data.py butterflies --src"),
     ("mine --src good.zip --size 64", "20 of 20 .*too few for --size 64"),
-    ("mine --src good.zip --size 8 --out /dev/null/x", "cannot write /dev/null/x"),
+    ("mine --src good.zip --size 8 --out /dev/null/x", "--out /dev/null/x/mine-8.npy: /dev/null is a file"),
     ("celeba", "img_align_celeba.zip"), ("lsun_bedroom", "--src"), ("imagenet64", "image-net.org"),
     ("butterflies", "huggan/")])
 def test_data_refuses(argv, expected, sources, tmp_path, monkeypatch):

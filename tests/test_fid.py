@@ -290,6 +290,7 @@ def write_sets(folder):
             archive.write(file, f"x/{i:03d}.png")
             tar.add(file, f"x/{i:03d}.png")
     np.savez(folder / "float.npz", b.astype(np.float32) / 127.5 - 1)
+    np.save(folder / "planes.npy", b.transpose(0, 3, 1, 2))
     x, y = (fid.pixel_features(z).numpy() for z in (a, b))
     np.savez(folder / "stats.npz", mu=y.mean(0), sigma=np.cov(y.T))
     return nuclear(x, y)
@@ -313,7 +314,7 @@ def test_every_form_gives_the_same(sets, capsys):
     the noise estimate in the units of bytes, of one channel or of the last batch."""
     folder, truth = sets
     noise = noise_by_hand(np.load(folder / "a.npz")["arr_0"])
-    for ref in ("b.npy", "b.zip", "b.tar", "folder", "float.npz", "stats.npz"):
+    for ref in ("b.npy", "b.zip", "b.tar", "folder", "float.npz", "planes.npy", "stats.npz"):
         result = score(folder / "a.npz", "--ref", folder / ref, "--features", "pixels", "--batch", 7)
         assert result["value"] == pytest.approx(truth, rel=1e-9) and result["metric"] == "FD-pixels"
         assert result["noise_mean"] == pytest.approx(noise, rel=1e-6)
@@ -323,6 +324,19 @@ def test_every_form_gives_the_same(sets, capsys):
                 "EMA True | sampler ddim | steps 250 | attack pgd | steps attacked 30 | reference") in line
         assert "FID" not in line and line.count("\n") == 1
     assert abs(score(folder / "a.npz", "--ref", folder / "a.npz", "--features", "pixels")["value"]) <= 1e-12
+
+
+def test_what_is_not_taken_is_told(sets, capsys):
+    """Files of a folder that are left out without a word; a result that can only fail to be written after
+    the work."""
+    folder, _ = sets
+    (folder / "folder" / "x.heic").write_bytes(b"x")
+    command = folder / "folder", "--ref", folder / "b.npy", "--features", "pixels"
+    assert "folder: 30 images used, 1 files not (1 .heic)" in score(*command)["warnings"]
+    assert "warning: folder: 30 images used, 1 files not (1 .heic)" in capsys.readouterr().err
+    (folder / "folder.fd-pixels.json").mkdir()
+    with pytest.raises(UserError, match="--out is not given, and the default .*pixels.json: is a folder"):
+        fid.main([str(part) for part in command])
 
 
 def test_several_samples_are_judged_one_by_one(sets, capsys):
@@ -399,18 +413,19 @@ BLACK, NOISE = Image.fromarray(GOOD[0]), Image.fromarray(RNG.integers(0, 255, (1
 NAN = np.where(np.arange(GOOD.size).reshape(GOOD.shape) == GOOD.size - 1, np.nan, -0.5)
 WHOLE, NPY = io.BytesIO(), io.BytesIO()
 np.savez(WHOLE, GOOD), np.save(NPY, GOOD)
-WHOLE, NPY = WHOLE.getvalue(), NPY.getvalue()
+WHOLE, NPY, HUGE = WHOLE.getvalue(), NPY.getvalue(), io.BytesIO()
+np.lib.format.write_array_header_1_0(HUGE, dict(descr="|u1", fortran_order=False, shape=(10**9, 16, 16, 3)))
 # SAMPLES (arrays of an .npz, bytes of a file, or PNGs of a folder), flags and the words of the line that
 # refuses them.
 REFUSED = [
     ("one.npz", dict(arr_0=GOOD[:1]), "", "one.npz holds 1 image: a covariance takes at least 2"),
     ("grey.npz", dict(arr_0=GOOD[..., 0]), "",
-     r"uint8 \(5, 16, 16\); colour images \[N, H, W, 3\] are expected"),
+     r"uint8 \(5, 16, 16\); colour images \[N, H, W, 3\] or \[N, 3, H, W\] are expected"),
     ("grey1.npz", dict(arr_0=GOOD[..., :1]), "", r"\(5, 16, 16, 1\); colour images"),
-    ("planes.npz", dict(arr_0=GOOD.transpose(0, 3, 1, 2)), "", r"\(5, 3, 16, 16\).*; colour images"),
+    ("fortran.npz", dict(arr_0=np.asfortranarray(GOOD)), "", r"\(5, 16, 16, 3\) in Fortran order"),
     ("none.npz", dict(arr_0=GOOD[:0]), "", r"\(0, 16, 16, 3\); colour images"),
     ("int.npz", dict(arr_0=GOOD.astype(np.int64)), "", "holds int64; uint8"),
-    ("object.npz", dict(arr_0=np.full(GOOD.shape, None)), "", "holds object; uint8"),
+    ("object.npz", dict(arr_0=np.full(GOOD.shape, None)), "", "holds Python objects, that is code"),
     ("range.npz", dict(arr_0=RNG.uniform(0, 255, GOOD.shape)), "",
      r"float images from .* to 25.*: \[-1, 1\]"),
     ("unit.npz", dict(arr_0=RNG.uniform(0, 1, GOOD.shape)), "", "float images, none negative"),
@@ -418,15 +433,25 @@ REFUSED = [
     ("large.npz", dict(arr_0=np.zeros((5, 24, 24, 3), np.uint8)), "",
      r"of \(24, 24\), ref.npz of \(16, 16\)"),
     ("keys.npz", dict(images=GOOD), "", "holds images.npy; images are expected under arr_0"),
-    ("dims.npz", dict(mu=np.zeros(5), sigma=np.eye(5)), "",
-     "5 features, which do not go with --features pixels"),
-    ("sigma.npz", dict(mu=np.zeros(192), sigma=np.eye(191)), "", r"mu is \(192,\) and sigma \(191, 191\)"),
+    ("dims.npz", dict(mu=np.zeros(2048), sigma=np.eye(2048)), "",
+     "2048 features, which do not go with --features pixels"),
+    ("three.npz", dict(mu=np.zeros(3), sigma=np.eye(3)), "", r"three.npz: mu is float64 \(3,\)"),
+    ("sigma.npz", dict(mu=np.zeros(192), sigma=np.eye(191)), "",
+     r"mu is float64 \(192,\) and sigma float64 \(191, 191\); .*: 2048 of inception, 192 of pixels"),
+    ("integers.npz", dict(mu=np.zeros(192, int), sigma=np.eye(192)), "", "mu is int64"),
+    ("counts.npz", dict(mu=np.zeros(192), sigma=np.eye(192), n=np.zeros(5)), "", "mu is float64"),
     ("nansigma.npz", dict(mu=np.zeros(192), sigma=np.full((192, 192), np.nan)), "", "no mean and covariance"),
+    ("vast.npz", dict(mu=np.zeros(192), sigma=np.full((192, 192), 1e308)), "", "no mean and .* too large"),
     ("negative.npz", dict(mu=np.zeros(192), sigma=-np.eye(192)), "", "no mean and covariance"),
     ("protocol.npz", dict(arr_0=GOOD, protocol=np.array("[1]")), "", "its protocol is not a JSON object"),
     ("nanprotocol.npz", dict(arr_0=GOOD, protocol=np.array('{"p": NaN}')), "",
      "nanprotocol.npz: damaged .*JSON"),
     ("cut.npy", NPY[:-1000], "", "cut.npy is truncated: it ends in image 3 of 5"),
+    ("huge.npy", HUGE.getvalue(), "", "huge.npy is truncated: it ends in image 0 of 1,000,000,000"),
+    ("long.npy", b"\x93NUMPY\2\0\xff\xff\xff\xff", "", r"long.npy: damaged .*version \(2, 0\)"),
+    ("pickle.npy", b"\x80\4]\x94.", "", "pickle.npy is a pickle of Python objects, that is code"),
+    ("x.parquet", b"PAR1", "", "x.parquet is a parquet table: write their images into a folder"),
+    ("/dev/zero", None, "", "/dev/zero is neither a regular file nor a folder"),
     ("cut.npz", WHOLE[:2000], "", "cut.npz: damaged or unreadable"),
     ("flipped.npz", WHOLE[:2000] + bytes([WHOLE[2000] ^ 1]) + WHOLE[2001:], "", "flipped.npz: damaged .*CRC"),
     ("cut.zip", WHOLE[:2000], "", "cut.zip"),
@@ -442,10 +467,15 @@ REFUSED = [
     ("half", [png(BLACK), png(NOISE)[:500]], "", "half/1.png: damaged or unreadable"),
     ("seven", [png(BLACK.resize((7, 7)))] * 2, "--ref {0}", "are not multiples of 8"),
     ("missing.npz", None, "", "missing.npz: no such file or folder"),
-    ("a.txt", b"x", "", "neither an .npz, a .npy, a zip or tar nor a folder"),
-    ("ref.npz", None, "--batch 0", "--batch 0: must be at least 1"),
+    ("a.txt", b"x", "", "a.txt is not a folder, a whole zip or a whole uncompressed tar"),
+    ("ref.npz", None, "--batch 0", "--batch 0: must be from 1 to 10000"),
     ("ref.npz", None, "--splits 0", "--splits 0: must be at least 1"),
     ("ref.npz", None, "--size 0", "--size 0: must be at least 1"),
+    ("ref.npz", None, "--size 16", "--size 16: is of a data set given by name"),
+    ("ref.npz", None, "--splits 3", "--splits 3: is of the Inception network"),
+    ("ref.npz", None, "--weights x", "--weights x: is of the Inception network"),
+    ("ref.npz", None, "--out {0}/x.json", "--out .*ref.npz/x.json: .*ref.npz is a file, not a folder"),
+    ("ref.npz", None, "--ref /dev/zero", "/dev/zero is neither a regular file nor a folder"),
     ("ref.npz", None, "--features inception", "--splits 10: ref.npz has only 9 images"),
     ("ref.npz", None, "--ref shapes",
      "shapes: no such file or folder, and no prepared data set: .*data.py shapes"),
@@ -533,11 +563,11 @@ def test_subspace_measures(tmp_path, capsys):
     assert own["rho_mean"] < 1e-5 and own["fd_outside"] < 1e-10 and own["psnr"] > 120
     np.savez(tmp_path / "bytes.npz", np.zeros((4, 8, 8, 3), np.uint8))
     np.savez(tmp_path / "inf.npz", np.full((4, 8, 8, 3), np.inf))
-    np.savez(tmp_path / "stats.npz", mu=np.zeros(5), sigma=np.eye(5))
+    np.savez(tmp_path / "stats.npz", mu=np.zeros(192), sigma=np.eye(192))
     for name, more, words in (("bytes.npz", [], "holds uint8: floats in the units of subspace-8"),
                               ("inf.npz", [], "inf.npz holds values that are not finite"),
                               ("stats.npz", ["--size", "8"],
-                               "5 features, which do not go with the exact distance"),
+                               "192 features, which do not go with the exact distance"),
                               ("s.npz", ["--features", "pixels"], "not with subspace-8, a known Gaussian")):
         with pytest.raises(UserError, match=words):
             fid.main([str(tmp_path / name), "--ref", "subspace", "--data-dir", str(tmp_path), *more])

@@ -192,7 +192,7 @@ NAN = np.where(np.arange(9 * 192).reshape(9, 8, 8, 3) == 9 * 192 - 1, np.nan, 0.
 # What an .npz of samples holds, flags and the words of the line that refuses them.
 REFUSED = [
     ("missing.npz", None, "", "missing.npz: no such file"),
-    ("stats.npz", dict(mu=np.zeros(5), sigma=np.eye(5)), "", "holds statistics; images are expected"),
+    ("stats.npz", dict(mu=np.zeros(192), sigma=np.eye(192)), "", "holds statistics; images are expected"),
     ("large.npz", dict(arr_0=pictures(3, 1, 16)), "--size 8",
      r"large.npz holds images of \(16, 16\), mine-8 of \(8, 8\)"),
     ("large.npz", dict(arr_0=pictures(3, 1, 16)), "",
@@ -204,8 +204,10 @@ REFUSED = [
      "odd.npz: damaged .*JSON"),
     ("s.npz", None, "--data other", "other-8.npy is not prepared"),
     ("s.npz", None, "--data one", "one-8 holds 1 image: the nearest other one takes at least 2"),
-    ("s.npz", None, "--batch 0", "--batch 0: must be at least 1"),
+    ("s.npz", None, "--batch 0", "--batch 0: must be from 1 to 10000"),
     ("s.npz", None, "--size 0", "--size 0: must be at least 1"),
+    ("s.npz", None, "--out /dev/null/x.json", "--out /dev/null/x.json: /dev/null is a file, not a folder"),
+    ("/dev/zero", None, "", "/dev/zero is neither a regular file nor a folder"),
     ("s.npz", None, "--out x.png", "--out x.png: the name must end in .json"),
     ("s.npz", None, "--hub-dir .", "--features pixels takes neither --weights nor --hub-dir"),
 ]
@@ -222,6 +224,15 @@ def test_what_is_refused(planted, name, content, flags, words):
     with pytest.raises(UserError, match=words) as error:
         memorise(folder, name, *flags.split())
     assert "\n" not in str(error.value) and not list(folder.glob("*memorize*"))
+
+
+def test_the_result_is_written_beside_the_samples(planted):
+    """Work done before it shows that its result cannot be written where no --out says."""
+    folder, _, _ = planted
+    (folder / "s.npz.memorize.png").mkdir()
+    with pytest.raises(UserError, match="--out is not given, and the default .*memorize.png: is a folder"):
+        memorise(folder, "s.npz")
+    assert not list(folder.glob("mine-8.memorize*"))
 
 
 def test_refuses_what_does_not_fit(planted, monkeypatch):
