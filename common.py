@@ -3,6 +3,20 @@
 Nothing here knows a model or a data set, and nothing here imports another file of the kit.
 """
 
+import os
+import signal
+import sys
+
+if os.name != "posix" or sys.version_info < (3, 10):
+    sys.exit("Linux or macOS, and Python 3.10 or newer, are needed; "
+             f"this is {sys.platform}, Python {sys.version.split()[0]}")
+# Imports take seconds. A script of this folder begins with this one: until `command_line` is called Ctrl-C
+# ends it without a traceback. Elsewhere common.py is a library, and leaves Ctrl-C as it was.
+script = getattr(sys.modules["__main__"], "__file__", None)
+if (script and os.path.dirname(os.path.realpath(script)) == os.path.dirname(os.path.realpath(__file__))
+        and signal.getsignal(signal.SIGINT) == signal.default_int_handler):
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import contextlib
 import errno
@@ -13,8 +27,6 @@ import http.client
 import io
 import json
 import math
-import os
-import sys
 import time
 import urllib.request
 from pathlib import Path
@@ -40,25 +52,82 @@ def is_first_process():
     return os.environ.get("RANK", "0") == "0"
 
 
+class Stream(io.FileIO):
+    """stdout or stderr, whose reader may leave (`| head -1`) or whose disk may fill up: the text is lost
+    then, and nothing else."""
+
+    def write(self, data):
+        """-> the bytes that are done with, written or lost."""
+        try:
+            return super().write(data) or len(data)
+        except OSError:
+            return len(data)
+
+
+def open_streams():
+    """Gives a script stdout and stderr that take any text, in any locale, and never fail."""
+    while (fd := os.open(os.devnull, os.O_RDWR)) < 3:       # closed (`2>&-`): a data file would be given it
+        os.set_inheritable(fd, True)
+    os.close(fd)
+    for name, fd in (("stdout", 1), ("stderr", 2)):
+        stream = getattr(sys, name)
+        if stream is getattr(sys, f"__{name}__"):           # not one that a test has put there
+            setattr(sys, name, io.TextIOWrapper(
+                io.BufferedWriter(Stream(fd, "w", closefd=False)), encoding=stream and stream.encoding,
+                errors="backslashreplace", line_buffering=True))
+
+
+def check_environment():
+    """UserError unless RANK and WORLD_SIZE are those of one of several processes, or of one alone."""
+    world = os.environ.get("WORLD_SIZE", "1")
+    rank = os.environ.get("RANK", "0" if world == "1" else "")
+    if not (rank.isdecimal() and world.isdecimal() and int(rank) < int(world)):
+        found = ", ".join(f"{name}={os.environ.get(name, '(not set)')}" for name in ("RANK", "WORLD_SIZE"))
+        raise UserError(f"{found} in the environment: there is no such process. torchrun sets both; to work "
+                        "alone: unset RANK WORLD_SIZE")
+
+
 def command_line(main):
-    """Runs main(). UserError: '<script>: error: <message>' on stderr (under torchrun by rank 0 only), exit
-    status 2. Ctrl-C: exit status 130."""
+    """Runs main() as a script, and exits: with status 2 and '<script>: error: <message>' on stderr for a
+    UserError, with 130 for Ctrl-C."""
+    open_streams()
+    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:   # since the imports: see above
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    status = grouped = None
     try:
+        check_environment()
         main()
     except UserError as error:
-        if is_first_process():
-            print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
-        sys.exit(2)
+        status, who = 2, ""
+        if "TORCHELASTIC_RUN_ID" in os.environ and not is_first_process():
+            time.sleep(3)       # if the first process has met it too, it says so, and torchrun ends this one
+            who = f"process {os.environ['RANK']}: "
+        print(f"{Path(sys.argv[0]).name}: error: {who}{error}", file=sys.stderr)
     except KeyboardInterrupt:
-        sys.exit(130)
+        status = 130
+        signal.signal(signal.SIGINT, signal.SIG_DFL)        # a second one ends what may still have to end
+    except SystemExit as leaving:                           # after --help, or of a training that has saved
+        status = leaving.code
     finally:
-        if dist.is_initialized():
+        if grouped := dist.is_initialized():
             dist.destroy_process_group()
+    if grouped:                 # Once in some 100 runs the interpreter's end aborts otherwise, all work done:
+        sys.stdout.flush()      # "terminate called without an active exception", by a thread of the group's.
+        os._exit(status or 0)
+    sys.exit(status)
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are UserErrors: one line, once from all processes."""
+
+    def error(self, message):
+        """Called by argparse, which expects that it does not return."""
+        raise UserError(f"{message}; see --help")
 
 
 def parser_of(doc):
-    """An ArgumentParser whose --help begins with the script's docstring, which shows its commands."""
-    return argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """A Parser whose --help begins with the script's docstring, which shows its commands."""
+    return Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
 
 
 def check_ranges(args, **ranges):
@@ -267,19 +336,29 @@ def start_processes(join=True, tf32=True):
     tasks that do not know of each other.
     """
     number, tasks = os.environ.get("SLURM_PROCID", "0"), os.environ.get("SLURM_STEP_NUM_TASKS", "1")
-    if "RANK" not in os.environ and (number != "0" or int(tasks) > 1):         # a batch script is task 0 of 1
+    if "RANK" not in os.environ and (number, tasks) != ("0", "1"):         # a batch script is task 0 of 1
         raise UserError(f"this is task {number} of several that srun has started, and without RANK and "
                         "WORLD_SIZE each of them would work alone: let srun start one torchrun a node, or "
                         "set RANK=0 WORLD_SIZE=1 to work alone")
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = torch.device("cpu")
     if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        local, count = os.environ.get("LOCAL_RANK", "0"), torch.cuda.device_count()
+        if not (local.isdecimal() and int(local) < count):
+            raise UserError(f"LOCAL_RANK={local}: there are {count} GPUs here, for as many processes")
+        device = torch.device("cuda", int(local))
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True
         torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = tf32
     if join and world > 1 and not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        where = ":".join(os.environ.get(name, "?") for name in ("MASTER_ADDR", "MASTER_PORT"))
+        if "TORCHELASTIC_RUN_ID" not in os.environ:         # nobody has seen to it that all are there
+            print(f"process {rank} of {world}: waits for the others at {where}", file=sys.stderr, flush=True)
+        try:
+            dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        except (ValueError, RuntimeError) as error:         # variables that are missing; nobody there
+            raise UserError(f"RANK={rank} WORLD_SIZE={world}: found no other process at {where} "
+                            f"({str(error).splitlines()[0]}); torchrun starts them all") from error
     return SimpleNamespace(rank=rank, world=world, device=device, tf32=tf32 and device.type == "cuda")
 
 

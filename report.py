@@ -8,6 +8,8 @@ Every score says itself how its samples were made; the names of runs and folders
 own numbers, which stand beside ours, are in paper.csv. What has not run is a dash.
 """
 
+import common                                               # first: it answers Ctrl-C while others load
+
 import contextlib
 import csv
 import functools
@@ -24,10 +26,11 @@ from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-from common import UserError, atomic_write, command_line, parser_of, pyplot, save_figure
+from common import UserError, atomic_write, check_out, command_line, parser_of, pyplot, save_figure
 
 DATA = {"cifar10": "CIFAR-10", "celeba": "CelebA", "lsun_bedroom": "LSUN Bedroom",
         "imagenet64": "ImageNet-64"}
@@ -118,9 +121,49 @@ def reading(path, script):
     """A file that is damaged or not what `script` writes becomes one line."""
     try:
         yield
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        reason = f"{type(error).__name__}: {error}"
+    except Exception as error:                              # whatever a foreign value may lead to
+        reason = f"{type(error).__name__}: {error}"[:200]
         raise UserError(f"{path}: damaged, or not what {script} writes ({reason}); make it again") from error
+
+
+def whole(text):
+    """A whole number of a JSON file. ValueError for one that no float holds."""
+    if len(text) > 19:
+        raise ValueError(f"a number of {len(text)} digits")
+    return int(text)
+
+
+def opened(path, limit=1 << 26):
+    """A text file, open to be read. ValueError where it is longer than ours are, or not a regular file, which
+    may never end."""
+    if not path.is_file():
+        raise ValueError("not a regular file")
+    if path.stat().st_size > limit:
+        raise ValueError(f"{path.stat().st_size:,} bytes, more than {limit:,}")
+    return open(path, encoding="utf-8")
+
+
+def load(path):
+    """The value in a JSON file of ours."""
+    with opened(path) as file:
+        return json.load(file, parse_int=whole)
+
+
+KINDS = {str: "data noise method network variant sampler device",
+         (str, type(None)): "flags attack",
+         int: "size batch seed step n steps",
+         (int, float): "reg_share seconds cost",
+         (int, float, type(None)): "lam iters draws percent memory"}
+
+
+def checked(record):
+    """The record, whose values are now known to be of the kinds that tables and figures take, or
+    TypeError."""
+    for kind, names in KINDS.items():
+        for name in names.split():
+            if name in record and not isinstance(record[name], kind):
+                raise TypeError(f"{name} is {record[name]!r}")
+    return record
 
 
 def facts(config):
@@ -132,11 +175,12 @@ def facts(config):
         training = training | dict(lam=None, reg_share=1.0, balance=False)
         apart |= {"lam_units", "omega", "gamma"}
     same = {name: value for name, value in training.items() if name not in apart}
-    names = ("method", "lam", "flags", "reg_share", "balance", "seed", "batch")
-    return {name: training[name] for name in names} | dict(
+    names = ("method", "lam", "flags", "reg_share", "seed", "batch")
+    return checked({name: training[name] for name in names} | dict(
         data=data["name"], size=data["size"], noise=noise_name(data["p"], data["sigma"]),
         tuned=training["init"] is not None, network=f"{network['channels']} × {tuple(network['mult'])}",
-        variant=json.dumps([same, network, config["process"], data["data_seed"]], sort_keys=True))
+        balance=bool(training["balance"]),
+        variant=json.dumps([same, network, config["process"], data["data_seed"]], sort_keys=True)))
 
 
 def numbers_of(result):
@@ -144,23 +188,30 @@ def numbers_of(result):
     names = {"is_mean": "IS", "rho_mean": "ρ", "psnr": "PSNR (dB)", "variance_kept": "variance kept",
              "noise_mean": "noise estimate", "rms": "displacement", "rms_noise": "by random signs as large"}
     numbers = {names[key]: value for key, value in result.items() if key in names}
+    more = {}
     if result.get("metric") == "memorisation":
         own, histogram = result["generated"], result["histogram"]
         numbers = {"share ≥ 0.9": own["share"], "mean similarity": own["mean"],
-                   "95th percentile": own["p95"], "features": str(result["features"]),
-                   "histogram": [histogram[name] for name in ("edges", "generated", "train")]}
+                   "95th percentile": own["p95"]}
+        edges, *counts = (np.array(histogram[name], float) for name in ("edges", "generated", "train"))
+        if edges.ndim != 1 or {each.shape for each in counts} != {(len(edges) - 1,)}:
+            raise ValueError("a histogram whose edges do not fit")
+        more = {"features": str(result["features"]), "histogram": [edges, *counts]}
     elif "metric" in result:
         numbers = {result["metric"]: result["value"]} | numbers if result["metric"] in BESIDE else {}
     if not numbers:
         raise ValueError("no number that is known")
-    return numbers
+    for name, value in numbers.items():
+        if not isinstance(value, (int, float, type(None))):
+            raise TypeError(f"{name} is {value!r}")
+    return numbers | more
 
 
 def read_score(path):
     """A score file -> a record: `facts`, how the samples were made, the numbers. `left` in it: why it has no
     place in a table, or None."""
     with reading(path, "fid.py, memorize.py or attack.py"):
-        result = json.loads(path.read_text())
+        result = load(path)
         numbers, made = numbers_of(result), result["protocol"]
         if not (made and made["config"]["training"]):       # a folder of images, or a public checkpoint's
             shown = ", ".join(f"{k} {v:.4g}" for k, v in numbers.items() if isinstance(v, (int, float)))
@@ -175,34 +226,33 @@ def read_score(path):
             percent = round(100 * attack["steps_attacked"] / made["steps"])
             name = attack["name"] + (" as printed" if attack["as_printed"] else "") if percent else None
         r["variant"] += json.dumps(attack)
-        return r | numbers | dict(
+        return checked(r | numbers | dict(
             path=path, left=odd[0] if odd else None, measures=sorted(numbers), step=made["step"],
             n=made["num_samples"], sampler=made["sampler"], steps=made["steps"], attack=name, percent=percent,
             iters=attack.get("iters"), draws=attack.get("eot"),
-            picture=path.with_name(Path(result["samples"]).stem + ".png"))
+            picture=path.with_name(Path(result["samples"]).stem + ".png")))
 
 
 def read_benchmark(path):
     """What train.py --benchmark measured -> a record for each method; cost: as a multiple of DDPM's step."""
     with reading(path, "train.py --benchmark"):
-        result = json.loads(path.read_text())
+        result = load(path)
         config, methods = result["config"], result["methods"]
-        return [facts(config | dict(training=config["training"] | dict(method=method))) | dict(
+        return [checked(facts(config | dict(training=config["training"] | dict(method=method))) | dict(
             seconds=own["seconds"], cost=own["seconds"] / methods["ddpm"]["seconds"], memory=own["peak_gib"],
-            device=result["device"]) for method, own in methods.items()]
+            device=result["device"])) for method, own in methods.items()]
 
 
 def read_log(path):
     """A run's log.jsonl -> [its `facts` and sample grids, (step, file)]; [] if it died before its start."""
-    with reading(path, "train.py"):
-        *lines, rest = path.read_text().split("\n")
-        lines = [json.loads(line) for line in lines]
-        with contextlib.suppress(ValueError):               # the last line may still be in writing
-            lines.append(json.loads(rest))
-        grids = {line["step"]: path.with_name(Path(line["file"]).name) for line in lines
-                 if line.get("event") == "grid"}
-        return [facts(line["config"]) | dict(grids=sorted(grids.items())) for line in lines
-                if line.get("event") == "start"][-1:]
+    with reading(path, "train.py"), opened(path, 1 << 30) as file:
+        lines = (json.loads(text, parse_int=whole) for text in file
+                 if text.endswith("\n"))                    # the last one may still be in writing
+        events = [checked(line) for line in lines if line.get("event")]
+        grids = {line["step"]: path.with_name(Path(line["file"]).name) for line in events
+                 if line["event"] == "grid"}
+        return [facts(line["config"]) | dict(grids=sorted(grids.items())) for line in events
+                if line["event"] == "start"][-1:]
 
 
 def read_toy(path):
@@ -210,7 +260,7 @@ def read_toy(path):
     names = {"rms": "rms distance", "median": "median distance", "kept": "variance kept",
              "score_error": "error of the score"}
     with reading(path, "toy3d.py"):
-        toy = json.loads(path.read_text())
+        toy = load(path)
         protocol, records, claims = toy["protocol"], toy["records"], toy["claims"]
         together = list(dict.fromkeys((r["data"], r["noise"]) for r in records))
         records = sorted(records, key=lambda r: together.index((r["data"], r["noise"])))
@@ -221,8 +271,10 @@ def read_toy(path):
             path.stem, ", balanced" if protocol["balance"] else "",
             markdown(["data", "configuration", *names.values()], rows), **protocol)
         claims_table(claims)                                # whether they are what `judge` gives
-        return SimpleNamespace(text=text, claims=claims, sweep=protocol["sweep"] or "", figures=[
-            path.with_name(Path(name).stem + ".png") for name in protocol["figures"]])
+        Counter(c["verdict"].split(" (")[0] for c in claims)
+        figures = [path.with_name(Path(name).stem + ".png") for name in protocol["figures"]]
+        return SimpleNamespace(text=text, claims=claims, sweep=str(protocol["sweep"] or ""),
+                               figures=[file for file in figures if file.is_file()])
 
 
 def read_runs(runs, out, key):
@@ -474,7 +526,7 @@ def sample_strips(results, name, models, least):
         row = []
         for title, more in models.items():
             found = sorted(matching(results.records, of(**more, **kind)), key=lambda r: r["seed"])
-            row += [(title, r["picture"]) for r in found if r["picture"].exists()][:1]
+            row += [(title, r["picture"]) for r in found if r["picture"].is_file()][:1]
         text += strip(results, f"{name}-{tail}", [row] if len(row) >= least else [])
     return text
 
@@ -488,9 +540,9 @@ def toy3d(results):
         results.claims += found.claims
         text += found.text
         for file in found.figures:
-            with contextlib.suppress(FileNotFoundError), atomic_write(results.out / file.name) as temporary:
+            with atomic_write(results.out / file.name) as temporary:
                 temporary.write_bytes(file.read_bytes())
-                text += link(file.stem)
+            text += link(file.stem)
         text += "\n"
     return "3-D data: Fig. 2, 6 right, 10, 11 (the paper has figures only)", text or "Not measured yet."
 
@@ -716,7 +768,7 @@ def fig24(results):
         for method, lam in (("ddpm", None), ("adv", 0.3)):
             runs = matching(results.logs, kind | dict(method=method, lam=lam, tuned=False))
             grids = [grid for grid in max((r["grids"] for r in runs), key=lambda g: g[-1:], default=[])
-                     if grid[1].exists()]
+                     if grid[1].is_file()]
             chosen = sorted({round(i * (len(grids) - 1) / 4) for i in range(5)}) if grids else []
             rows.append([(f"{METHODS[method]}, step {grids[i][0]:,}", grids[i][1]) for i in chosen])
         text += strip(results, f"fig24-{tail}", rows, side=180)
@@ -819,7 +871,7 @@ def origin(args):
                               capture_output=True, text=True)
         commit = done.stdout.strip()
     with contextlib.suppress(OSError, StopIteration):       # Linux has a better name
-        lines = Path("/proc/cpuinfo").read_text().split("\n")
+        lines = Path("/proc/cpuinfo").read_text(errors="replace").split("\n")
         processor = next(line.split(": ")[1] for line in lines if line.startswith("model name"))
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     return (f"Made by `{command}` at commit {commit}, {time.strftime('%Y-%m-%d')}, on {platform.system()}, "
@@ -846,6 +898,7 @@ def main(argv=None):
             raise UserError(f"--tables {name}: there is no such table; they are {', '.join(TABLES)}")
     if "price" in args.tables and len(args.tables) > 1:
         raise UserError("--tables price: stands alone, it tells runs apart that other tables do not")
+    check_out(args.out / "README.md")
     results = read_runs(args.runs, args.out, KEY + PRICE if "price" in args.tables else KEY)
     sections = [TABLES[name](results) for name in TABLES if name in args.tables]
     counts = Counter(c["verdict"].split(" (")[0] for c in results.claims)
@@ -862,7 +915,8 @@ def main(argv=None):
         sections.append(("Left out", "\n".join(left)))
     with atomic_write(args.out / "README.md") as temporary:
         text = "\n\n".join(f"## {title}\n\n{text.strip()}" for title, text in sections)
-        temporary.write_text(text[1:] + "\n", encoding="utf-8")            # the first title is the page's
+        temporary.write_text(text[1:] + "\n", encoding="utf-8",            # the first title is the page's
+                             errors="backslashreplace")     # a name that is not UTF-8
     print(f"made {args.out}/README.md" + (f": {said}" if results.claims else ""))
 
 

@@ -332,7 +332,7 @@ lane() {
 # run_stage TARGET COMMAND: with several lanes its output goes to a log, and its end is said.
 run_stage() {
     local began=$SECONDS status=0 log=/dev/null
-    echo "\$ $2"
+    say "\$ $2"
     set -m                                                  # no Ctrl-C of the terminal: TERM comes once, from here
     if [ "$LANES" = 1 ]; then
         $2 < /dev/null &
@@ -344,13 +344,16 @@ run_stage() {
     wait $! || status=$?
     if [ "$status" != 0 ]; then
         echo "status $status: $2" >> "$FAILED"
-        echo "  FAILED with status $status: $2"
-        tail -n 5 "$log" | sed 's/^/  | /'
+        say "  FAILED with status $status: $2"
+        say "$(tail -n 5 "$log" | sed 's/^/  | /')"
     elif [ "$LANES" != 1 ]; then
-        echo "  $((SECONDS - began)) s: $1"
+        say "  $((SECONDS - began)) s: $1"
     fi
     return $status
 }
+
+# Nothing ends because its output cannot be written: `| head -1`, a closed terminal, a full disk.
+say() { echo "$*" 2> /dev/null || true; }
 
 # Tells the commands that this shell has started to end, and waits: they save.
 end_children() {
@@ -361,21 +364,25 @@ end_children() {
 
 # The tables one after another, each followed by the report.
 reproduce() {
-    trap 'end_children; echo "run_all.sh: stopped; the same command goes on" >&2; exit 130' INT TERM HUP
-    echo "run_all.sh $SCALE: $*. $ABOUT. $LANES at a time${DEVICES:+ on $GPUS GPU(s)}, in $ROOT"
+    trap 'end_children; say "run_all.sh: stopped; the same command goes on" >&2; exit 130' INT TERM HUP
+    trap '' PIPE
+    say "run_all.sh $SCALE: $*. $ABOUT. $LANES at a time${DEVICES:+ on $GPUS GPU(s)}, in $ROOT"
     for table in "$@"; do
         plan "$table"
-        mkdir -p "$ROOT/logs"
-        for ((k = 0; k < LANES; k++)); do lane $k & done
-        wait
+        made=$(mkdir -p "$ROOT/logs" 2>&1) || fail "$made"
+        lanes=""
+        for ((k = 0; k < LANES; k++)); do lane $k & lanes="$lanes $!"; done
+        for k in $lanes; do
+            wait "$k" || echo "status $?: a lane of $table was killed, and its chains with it" >> "$FAILED"
+        done
         if [ -s "$WORK/chains" ] || [ "$table" = "${*: -1}" ]; then
             "$PYTHON" report.py --runs "$ROOT" $REPORT || echo "report.py --runs $ROOT" >> "$FAILED"
         fi
     done
-    echo "done in $((SECONDS / 60)) min $((SECONDS % 60)) s: $ROOT/README.md"
+    say "done in $((SECONDS / 60)) min $((SECONDS % 60)) s: $ROOT/README.md"
     if [ -s "$FAILED" ]; then
-        echo "These failed; what they would have made is a dash in the tables:"
-        sort -u "$FAILED"
+        say "These failed; what they would have made is a dash in the tables:"
+        say "$(sort -u "$FAILED")"
         exit 1
     fi
 }
@@ -431,14 +438,19 @@ for table in "${@:2}"; do
 done
 
 if [ -z "${PYTHON:-}" ]; then set_up; fi
-needed="numpy, os, PIL, scipy, torch"
+needed="import numpy, os, PIL, scipy, sys, torch"
 if [ "$SCALE" = test ]; then needed="$needed, pytest"; fi
+needed="$needed; assert sys.version_info >= (3, 10), 'Python 3.10 or newer is needed'"
 # The GPUs that may be used, by the names that CUDA_VISIBLE_DEVICES gives them.
-DEVICES=$("$PYTHON" -c "import $needed
+DEVICES=$("$PYTHON" -c "$needed
 count = torch.cuda.device_count()
 names = os.environ.get('CUDA_VISIBLE_DEVICES') or ','.join(map(str, range(count)))
-print(*names.split(',')[:count])" 2> /dev/null) ||
-    fail "$PYTHON: $("$PYTHON" -c "import $needed" 2>&1 | tail -n 1); requirements.txt says what is needed"
+print('GPUs:', *names.split(',')[:count])" 2> /dev/null) || true
+if [ "${DEVICES%%:*}" != GPUs ]; then
+    reason=$("$PYTHON" -c "$needed" 2>&1 | tail -n 1) || true
+    fail "$PYTHON: ${reason:-this is no Python}; requirements.txt says what is needed"
+fi
+DEVICES=${DEVICES#GPUs:}
 if [ "$SCALE" = test ]; then exec "$PYTHON" -m pytest -q test_core.py tests; fi
 
 GPUS=$(($(echo $DEVICES | wc -w)))

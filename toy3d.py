@@ -12,6 +12,8 @@ The loss is train.py's, the sampler sample.py's, the attack attack.py's. All net
 noises, seeds, and in a sweep the values of lambda or omega) train side by side in one batched network.
 """
 
+import common                                               # first: it answers Ctrl-C while others load
+
 import functools
 import itertools
 import math
@@ -28,8 +30,8 @@ from torch import nn
 
 import beyond
 from attack import attacked_steps, fgsm, gradient_of, random_signs
-from common import (Progress, UserError, check_ranges, command_line, generator, image_noise, parser_of,
-                    pyplot, save_figure, write_json)
+from common import (Progress, UserError, check_out, check_ranges, command_line, generator, image_noise,
+                    parser_of, pyplot, save_figure, write_json)
 from report import LESS, METHODS, judge, show
 from sample import reverse_step, sample
 from train import draw, lambda_t, radius, training_loss
@@ -564,12 +566,13 @@ def arguments(argv):
     add("--out", type=Path, default=Path("runs/toy3d"), help="folder of the results (default runs/toy3d)")
     args = parser.parse_args(argv)
     args.sweep = args.sweep and args.sweep.replace("-", "_")
-    check_ranges(args, num_samples=(VICTIMS, math.inf), lam=(0, math.inf),
-                 **dict.fromkeys(("seeds", "steps", "batch", "omega"), (1, math.inf)))
+    check_ranges(args, num_samples=(VICTIMS, 10**5), lam=(0, math.inf), omega=(1, math.inf), seeds=(1, 100),
+                 steps=(1, 10**7), batch=(1, 10**4))
     if args.sweep and args.noise:
         raise UserError(f"--noise {args.noise}: a sweep compares clean with inlier")
     if args.sweep == "reg_share" and args.batch % 16:
         raise UserError(f"--batch {args.batch}: must be a multiple of 16, for a share of 1/16")
+    check_out(args.out / "toy3d.json")
     return args
 
 

@@ -1,9 +1,13 @@
 """common.py: what every stage relies on."""
 
+import contextlib
 import hashlib
 import json
 import os
 import resource
+import shutil
+import signal
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,24 +26,116 @@ PURPOSES = "weights", "order", "flags", "train", "dropout", "sample", "attack"
 # ------------------------------------------------------------------------------- errors and the command line
 
 def test_command_line(monkeypatch, capsys):
-    """Catches a traceback for a user's mistake, a wrong exit status, the message printed by every rank."""
+    """Catches a traceback for a user's mistake, a wrong exit status, a mistake that all of torchrun's
+    processes print or, where only one met it, none, and a variable left behind that makes errors vanish."""
     def wrong():
         raise UserError("--p is wrong")
 
     def stopped():
         raise KeyboardInterrupt
+    waited = []
+    monkeypatch.setattr(common.time, "sleep", waited.append)
     monkeypatch.setattr(sys, "argv", ["/somewhere/train.py"])
-    for rank, text in ((None, "train.py: error: --p is wrong\n"), ("0", "train.py: error: --p is wrong\n"),
-                       ("1", "")):
-        monkeypatch.setenv("RANK", rank) if rank else monkeypatch.delenv("RANK", raising=False)
+    for environment, text in ({}, "--p is wrong"), (dict(RANK="1", WORLD_SIZE="2"), "--p is wrong"), (
+            dict(RANK="0", WORLD_SIZE="2", TORCHELASTIC_RUN_ID="a"), "--p is wrong"), (
+            dict(RANK="1", WORLD_SIZE="2", TORCHELASTIC_RUN_ID="a"), "process 1: --p is wrong"):
+        for name in ("RANK", "WORLD_SIZE", "TORCHELASTIC_RUN_ID"):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        assert not waited                                   # the last one gives the first the time to speak
         with pytest.raises(SystemExit) as leaving:
             common.command_line(wrong)
-        assert leaving.value.code == 2 and capsys.readouterr().err == text
-    with pytest.raises(SystemExit) as leaving:
-        common.command_line(stopped)
-    assert leaving.value.code == 130
+        assert leaving.value.code == 2 and capsys.readouterr().err == f"train.py: error: {text}\n"
+    assert waited == [3]
+    for main, status in ((stopped, 130), (lambda: sys.exit(143), 143), (lambda: None, None)):
+        before = signal.getsignal(signal.SIGINT)
+        with pytest.raises(SystemExit) as leaving:
+            common.command_line(main)
+        assert leaving.value.code == status and capsys.readouterr().err == ""
+        signal.signal(signal.SIGINT, before)
     with pytest.raises(ZeroDivisionError):                  # a bug keeps its traceback
         common.command_line(lambda: 1 / 0)
+
+
+@pytest.mark.parametrize("rank, world, refused", [
+    (None, None, False), ("0", None, False), ("0", "1", False), (None, "1", False), ("1", "2", False),
+    ("1", None, True), ("1", "1", True), ("2", "2", True), (None, "2", True), ("-1", "2", True),
+    ("x", "2", True), ("0", "", True)])
+def test_environment(rank, world, refused, monkeypatch):
+    """Catches a process that takes itself for one of several by what another job has left, and one of several
+    that is refused."""
+    for name, value in (("RANK", rank), ("WORLD_SIZE", world)):
+        monkeypatch.delenv(name, raising=False) if value is None else monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match="unset RANK WORLD_SIZE") if refused else contextlib.nullcontext():
+        common.check_environment()
+
+
+def test_flags(capsys):
+    """Catches usage and error from every process, a flag that is taken for a longer one, a --help that hides
+    the commands."""
+    parser = common.parser_of("Doc.\n\n    python a.py")
+    parser.add_argument("--num-samples", type=int)
+    for argv, said in [(["--num", "3"], "unrecognized arguments: --num 3; see --help"), (
+            ["--num-samples", "a"], "argument --num-samples: invalid int value: 'a'; see --help")]:
+        with pytest.raises(UserError, match=f"^{said}$"):
+            parser.parse_args(argv)
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--help"])
+    printed = capsys.readouterr()
+    assert "    python a.py\n" in printed.out and printed.err == ""
+
+
+SCRIPT = """import common
+import os, signal
+answers = [signal.getsignal(signal.SIGINT) == signal.SIG_DFL]
+
+def main():
+    answers.append(signal.getsignal(signal.SIGINT) == signal.default_int_handler)
+    common.Progress(1).close()
+    print("σ \\udcc3")
+    for k in range(3):                  # the reader has left
+        print("x" * 10**5)
+    with open("data", "w") as data:
+        print(*answers, data.fileno() > 2, file=data)
+    raise common.UserError("ü \\udcc3")
+common.command_line(main)
+"""
+
+
+@pytest.mark.parametrize("streams", ["2>&- | true", ">&- 2> err", "<&- >&- 2>&-", "> /dev/full 2> err"])
+def test_streams(streams, tmp_path):
+    """Catches a script that dies of a reader who has left, of closed streams, of a locale without umlauts, a
+    data file that is given the number of a closed stream, another exit status for any of these, and Ctrl-C
+    during the imports that is not left to the system, or main() that is not given it back."""
+    (tmp_path / "script.py").write_text(SCRIPT, encoding="utf-8")
+    shutil.copy(common.__file__, tmp_path)
+    (tmp_path / "torch").mkdir()                            # a stand-in: the real one takes seconds
+    (tmp_path / "torch/__init__.py").write_text("")
+    (tmp_path / "torch/distributed.py").write_text("is_initialized = lambda: False\n")
+    locale = dict(LC_ALL="C", PYTHONCOERCECLOCALE="0", PYTHONUTF8="0")
+    if "full" in streams and not Path("/dev/full").exists():
+        pytest.skip("/dev/full is Linux's")
+    done = subprocess.run(
+        ["bash", "-c", f'"$0" script.py {streams}; echo "${{PIPESTATUS[0]}}" > status', sys.executable],
+        cwd=tmp_path, env=os.environ | locale, capture_output=True, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
+    assert (done.stdout, done.stderr, (tmp_path / "status").read_text()) == ("", "", "2\n")
+    assert (tmp_path / "data").read_text() == "True True True\n"
+    if "err" in streams:
+        last = (tmp_path / "err").read_text().splitlines()[-1]
+        assert last == r"script.py: error: \xfc \udcc3"
+
+
+def test_common_comes_first():
+    """Catches a script that imports others, which takes seconds, before common.py answers Ctrl-C; and
+    common.py, as a library, that takes it from its user."""
+    scripts = [file for file in Path(common.__file__).parent.glob("*.py")
+               if "\n    command_line(main)\n" in file.read_text(encoding="utf-8")]
+    first = {file.name: next(line for line in file.read_text(encoding="utf-8").splitlines()
+                             if line.startswith(("import ", "from "))) for file in scripts}
+    assert len(first) >= 8 and all(line.startswith("import common ") for line in first.values()), first
+    assert signal.getsignal(signal.SIGINT) != signal.SIG_DFL
 
 
 def test_check_ranges():

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import sys
 from collections import Counter
 from pathlib import Path
@@ -468,6 +469,9 @@ GOOD = "adv/ddpm-100.npz.fd-exact.json"
     ([], "a.npz.attack.json", "[]", "{file}: damaged, or not what"),
     ([], "b.npz.fid.json", '{"metric": "distance", "protocol": {}}', "{file}: damaged, or not what"),
     ([], "c.npz.fid.json", '{"metric": "FID", "value": 1, "protocol": {"config": 3}}', "{file}: damaged, or"),
+    ([], "d.npz.fid.json", "[" * 10**5, "{file}: damaged, or not what fid.py"),
+    ([], "f.npz.fid.json", '{"metric": "FID", "value": [1], "protocol": {}}', "{file}: damaged, or not what"),
+    (["--out", "/dev/null"], GOOD, None, "--out /dev/null/README.md: /dev/null is a file, not a folder"),
     ([], "log.jsonl", "nonsense\n", "{file}: damaged, or not what train.py"),
     ([], "log.jsonl", '{"event": "start"}\n', "{file}: damaged, or not what train.py"),
     ([], "benchmark.json", "{}", "{file}: damaged, or not what train.py --benchmark"),
@@ -486,3 +490,37 @@ def test_refusals(tmp_path, flags, file, content, said):
         report.main(["--runs", str(runs), *flags])
     assert str(error.value).startswith(said.format(runs=runs, file=runs / (file or ""))), str(error.value)
     assert "\n" not in str(error.value) and not (runs / "README.md").exists()
+
+
+def test_odd_files(tmp_path):
+    """Catches a wait without an end for a pipe, a traceback for a folder, and values of the wrong kind that
+    are met only when a table is sorted or a figure is drawn."""
+    runs = tmp_path / "runs"
+    write_pair(runs)
+    good, odd = json.loads((runs / GOOD).read_text()), runs / "odd.npz.fid.json"
+
+    def refused():
+        with pytest.raises(UserError, match=f"^{odd}: damaged, or not what") as error:
+            report.main(["--runs", str(runs)])
+        return str(error.value)
+
+    os.mkfifo(odd)
+    assert "not a regular file" in refused()
+    odd.unlink()
+    odd.mkdir()
+    assert "not a regular file" in refused()
+    odd.rmdir()
+    odd.write_text("")
+    os.truncate(odd, 5 * 10**9)                             # which takes no space
+    assert "5,000,000,000 bytes" in refused()
+    odd.write_text(json.dumps(good | dict(value=10**400)))
+    assert "a number of 401 digits" in refused()
+    for group, name, value in [("training", "seed", [1]), ("training", "batch", "64"), ("data", "size", None),
+                               ("training", "reg_share", {}), ("network", "mult", 3), ("data", "p", "0.9")]:
+        config = good["protocol"]["config"]
+        changed = config | {group: config[group] | {name: value}}
+        odd.write_text(json.dumps(good | dict(protocol=good["protocol"] | dict(config=changed))))
+        refused()
+    for name in ("steps", "step", "num_samples"):
+        odd.write_text(json.dumps(good | dict(protocol=good["protocol"] | {name: "100"})))
+        refused()

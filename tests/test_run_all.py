@@ -27,6 +27,7 @@ if [ "$2" = torch.distributed.run ]; then shift 5; fi
 case "$*" in *"${FAIL:-no such words}"*) echo "out of memory" >&2; kill -9 $$ ;; esac
 case "$*" in *"${SLOW:-no such words}"*)
     trap 'trap - TERM; sleep 0.3; echo saved >> "$COMMANDS"; exit 143' TERM
+    echo "lane: $PPID" >> "$COMMANDS"
     echo "waits: $$" >> "$COMMANDS"
     for k in 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20; do sleep 0.1; done ;;
 esac
@@ -250,6 +251,34 @@ def test_stopping_ends_what_was_started(kit, how):
             os.kill(int(pid), 0)
 
 
+def test_output_that_nobody_reads(kit):
+    """Catches a run that ends, its work not done, because its reader has left: `| head -1`."""
+    process = kit.start("quick", "fig6")
+    assert process.stdout.readline().startswith("run_all.sh quick")
+    process.stdout.close()
+    assert process.wait(timeout=60) == 0
+    assert (kit.folder / "runs/quick/subspace/ddpm-p0-s0-seed0/ddpm-100.npz.memorize.json").exists()
+    assert kit.given()[-1] == "report.py --runs runs/quick"
+
+
+def test_a_lane_that_is_killed_is_named(kit):
+    """Catches exit status 0 where a lane, killed for memory say, has left chains undone."""
+    process = kit.start("quick", "fig6", SLOW="--method ddpm")
+    kit.wait_for(1)
+    os.kill(int(re.search(r"lane: (\d+)", kit.commands.read_text())[1]), signal.SIGKILL)
+    printed, _ = process.communicate(timeout=60)
+    assert process.returncode == 1 and "\nstatus 137: a lane of fig6 was killed" in printed, printed
+    assert kit.given()[-1] == "report.py --runs runs/quick"
+
+
+def test_a_folder_that_cannot_be_made(kit):
+    """Catches more than a line, and work begun, where runs/ is a file."""
+    (kit.folder / "runs").write_text("")
+    given, printed, status = kit.run("quick", "fig6")
+    assert status == 2 and not given
+    assert re.fullmatch("run_all.sh quick.*\nrun_all.sh: error: mkdir: .*\n", printed), printed
+
+
 @pytest.mark.parametrize("environment, expected", [
     (dict(GPUS="3"), {"0", "1", "2"}), (dict(GPUS="4", GPUS_PER_MODEL="2"), {"0,1", "2,3"}),
     (dict(GPUS="2", CUDA_VISIBLE_DEVICES="5,7"), {"5", "7"}), (dict(GPUS="1"), {"0"}),
@@ -279,6 +308,7 @@ REFUSALS = [
     ("quick", dict(PYTHON="/my files/python"), "PYTHON='/my files/python': a path without spaces is needed"),
     ("paper", dict(CELEBA="a b.zip"), "CELEBA='a b.zip': a path without spaces is needed"),
     ("quick", dict(PYTHON="/nowhere/python"), "/nowhere/python: No such file or directory"),
+    ("quick", dict(PYTHON="/usr/bin/true"), "/usr/bin/true: this is no Python; requirements.txt"),
     ("quick", dict(STUBS="/nowhere"), "No module named 'numpy'; requirements.txt says what is needed"),
     ("test", {}, "No module named 'pytest'; requirements.txt says what is needed"),
 ]

@@ -386,10 +386,12 @@ def test_a_part_without_matplotlib(short_process, monkeypatch, tmp_path, capsys)
 
 
 @pytest.mark.parametrize("flags, expected", [
-    (["--steps", "0"], "--steps 0: must be at least 1"),
-    (["--seeds", "0"], "--seeds 0: must be at least 1"),
-    (["--batch", "0"], "--batch 0: must be at least 1"),
-    (["--num-samples", "63"], "--num-samples 63: must be at least 64"),
+    (["--steps", "0"], "--steps 0: must be from 1 to 1e+07"),
+    (["--seeds", "0"], "--seeds 0: must be from 1 to 100"),
+    (["--batch", "0"], "--batch 0: must be from 1 to 10000"),
+    (["--num-samples", "63"], "--num-samples 63: must be from 64 to 100000"),
+    (["--num-samples", f"{10**12}"], f"--num-samples {10**12}: must be from 64 to 100000"),
+    (["--out", "/dev/null"], "--out /dev/null/toy3d.json: /dev/null is a file, not a folder"),
     (["--lam", "-1"], "--lam -1.0: must be at least 0"),
     (["--lam", "nan"], "--lam nan: must be at least 0"),
     (["--omega", "0.5"], "--omega 0.5: must be at least 1"),
