@@ -12,8 +12,9 @@ attack moved the images from those that the same noise gives without it, and how
 size do.
 """
 
+import common                                               # first: it answers Ctrl-C while others load
+
 import functools
-import json
 import math
 import time
 from collections import Counter
@@ -21,9 +22,9 @@ from types import SimpleNamespace
 
 import torch
 
-from common import (POSITIVE, UserError, check_ranges, command_line, generator, image_noise, parser_of,
+from common import (UserError, check_out, check_ranges, command_line, generator, image_noise, parser_of,
                     write_json)
-from sample import add_arguments, generate, open_job, reverse_step
+from sample import add_arguments, generate, idle_in_sampling, open_job, reverse_step, say_idle
 from unet import at
 
 MARGIN = 1.05         # moving the images less than this many times as far as noise of equal size is no attack
@@ -330,12 +331,16 @@ def attacked_count(text, total):
     """--steps-attacked, a number or a percentage of the `total` sampling steps, as a number; UserError if
     neither."""
     try:
-        count = round(float(text[:-1]) * total / 100) if text.endswith("%") else int(text)
-    except (ValueError, OverflowError):
-        count = -1
-    if not 0 <= count <= total:
+        asked = float(text[:-1]) * total / 100 if text.endswith("%") else int(text)
+    except ValueError:
+        asked = -1
+    if not 0 <= asked <= total:
         raise UserError(f"--steps-attacked {text}: must be 0 to {total}, the steps sampled, or a percentage "
                         "like 25%")
+    count = math.floor(asked + 0.5)
+    if asked and not count:
+        raise UserError(f"--steps-attacked {text}: is less than half a step of the {total} sampled; at least "
+                        f"{math.ceil(500000 / total) / 10000:g}% is needed")
     return count
 
 
@@ -359,13 +364,22 @@ def arguments(argv=None):
         "which does not depend on the network")
     add("--eps-scale", type=float, default=1.0, help="radius of the ball, in sigma(t) (default 1: paper)")
     args = parser.parse_args(argv)
-    check_ranges(args, phi=POSITIVE, iters=(1, 10**6), eot=(1, 10**6), stride=POSITIVE, eps_scale=POSITIVE)
+    ball = 1e-6, 1000                                       # more would leave float32's range on the way
+    check_ranges(args, phi=ball, iters=(1, 10**6), eot=(1, 1000), stride=ball, eps_scale=ball)
     if args.attack == "eot" and args.sampler == "ddim":
         raise UserError("--attack eot --sampler ddim: DDIM draws no noise to average over; take --attack pgd")
     if args.as_printed and args.attack not in ("pgd", "eot"):
         raise UserError(f"--as-printed --attack {args.attack}: only pgd and eot are printed otherwise")
     if args.stride and (args.as_printed or args.attack not in ("pgd", "eot")):
         raise UserError(f"--stride {args.stride}: is for --attack pgd and eot, and not with --as-printed")
+    on, idle = f"on --attack {args.attack}", idle_in_sampling(args)
+    if args.attack not in ("pgd", "eot"):
+        idle.append((["iters"], on))
+    if args.attack != "eot":
+        idle.append((["eot"], on))
+    if args.attack == "noise":
+        idle.append((["phi"], on))
+    say_idle(parser, argv, idle)
     return args
 
 
@@ -382,6 +396,8 @@ def asked_for(args, count):
 def main(argv=None):
     """Samples under attack as the command line says."""
     args = arguments(argv)
+    file = args.out.with_name(f"{args.out.name}.attack.json")
+    check_out(file)
     job = open_job(args)
     total = len(job.schedule)
     count = attacked_count(args.steps_attacked, total)
@@ -392,7 +408,7 @@ def main(argv=None):
         return TrajectoryAttack(asked, chosen, job.model, job.schedule, job.how, indices, args.seed)
 
     def finish(measures):
-        result, file = summary(measures, job.protocol), args.out.with_name(f"{args.out.name}.attack.json")
+        result = summary(measures, job.protocol)
         write_json(file, dict(samples=args.out.name, **result, protocol=job.protocol))
         print("\n".join(sentences(result, job.protocol)))
         print(f"made {file}; next, how far the images are from the data: python fid.py {args.out} --ref DATA")

@@ -102,7 +102,12 @@ def command_line(main):
         if "TORCHELASTIC_RUN_ID" in os.environ and not is_first_process():
             time.sleep(3)       # if the first process has met it too, it says so, and torchrun ends this one
             who = f"process {os.environ['RANK']}: "
-        print(f"{Path(sys.argv[0]).name}: error: {who}{error}", file=sys.stderr)
+        message = " ".join(str(error).splitlines())         # a file's name may have a newline
+        print(f"{Path(sys.argv[0]).name}: error: {who}{message}", file=sys.stderr)
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        status = 2
+        print(f"{Path(sys.argv[0]).name}: error: out of memory: try a smaller --batch, or train.py's "
+              f"--microbatch ({' '.join(str(error).split())[:150]})", file=sys.stderr)
     except KeyboardInterrupt:
         status = 130
         signal.signal(signal.SIGINT, signal.SIG_DFL)        # a second one ends what may still have to end
@@ -248,7 +253,9 @@ def protocol_in(archive):
     member = archive.getinfo("protocol.npy")
     if member.file_size > 1 << 20:
         raise ValueError(f"a protocol of {member.file_size:,} bytes")
-    protocol = json.loads(str(np.lib.format.read_array(io.BytesIO(archive.read(member)), allow_pickle=False)))
+    with archive.open(member) as file:
+        content = io.BytesIO(file.read(1 << 20))            # the header may lie
+    protocol = json.loads(str(np.lib.format.read_array(content, allow_pickle=False)))
     if not isinstance(protocol, dict):
         raise ValueError("its protocol is not a JSON object")
     json.dumps(protocol, allow_nan=False)                   # results, which repeat it, are strict JSON

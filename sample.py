@@ -10,10 +10,16 @@ story of how they were made (JSON, under `protocol`), and a grid of the first of
 depends on the seed and on i alone. A killed run goes on where it stopped.
 """
 
+import common                                               # first: it answers Ctrl-C while others load
+
+import argparse
 import contextlib
 import json
 import math
+import os
 import shutil
+import sys
+import threading
 import time
 import zipfile
 from pathlib import Path
@@ -23,12 +29,13 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from common import (POSITIVE, Progress, UserError, as_bytes, atomic_write, check_ranges, command_line,
-                    image_noise, locked, noise_estimate, parser_of, protocol_in, save_grid, sha256_of,
-                    start_processes)
-from unet import at, expand, in_bfloat16, load_model
+from common import (NOISE_BLOCK, Progress, UserError, as_bytes, atomic_write, check_out, check_ranges,
+                    command_line, image_noise, is_first_process, locked, noise_estimate, parser_of,
+                    protocol_in, save_grid, sha256_of, start_processes)
+from unet import at, check_disk, check_memory, expand, in_bfloat16, load_model
 
-PATIENCE = 600          # seconds that a process waits for the first one to begin
+PATIENCE = 600          # seconds that a process waits for another without a sign of life
+HEARTBEAT = 5           # seconds between the signs of life of one that others wait for
 
 # -------------------------------------------------------------------------------------------------- the steps
 
@@ -114,22 +121,42 @@ def add_arguments(parser):
     public.add_argument("--timesteps", type=int, help="T (default 1000)")
 
 
+def say_idle(parser, argv, idle):
+    """Says of every flag of a command line that has no effect there why, a line each on stderr. idle: (names
+    of flags, why) for those that have none."""
+    blank = argparse.Namespace(**dict.fromkeys(vars(parser.parse_args(argv))))      # stays None: not given
+    given = vars(parser.parse_args(argv, blank))
+    for names, why in idle:
+        for name in names:
+            if given[name] is not None and is_first_process():
+                print(f"--{name.replace('_', '-')} has no effect {why}", file=sys.stderr, flush=True)
+
+
+def idle_in_sampling(args):
+    """Of the flags of `add_arguments`, for `say_idle`."""
+    return [(["variance"], "on --sampler ddim")] if args.sampler == "ddim" else []
+
+
 def open_job(args):
     """The flags of `add_arguments`, checked, and the checkpoint that they name, as what `generate` takes.
 
     -> process; model, schedule (of the steps taken) and how (sampler, variance, clamp) on its device;
     protocol, the whole story of the images as plain values. Raises UserError where a flag does not fit.
     """
-    check_ranges(args, num_samples=(1, 10**9), batch=(1, 10**6), size=POSITIVE, heads=POSITIVE,
-                 steps=(2, 10**6), timesteps=(2, 10**6))
+    check_ranges(args, num_samples=(1, 10**9), batch=(1, 10**6), steps=(2, 10**6))
     if args.out.suffix != ".npz":
         raise UserError(f"--out {args.out}: the name must end in .npz")
+    for path in args.out, args.out.with_suffix(".png"), Path(f"{args.out}.shards") / "protocol.json":
+        check_out(path)
     process = start_processes(join=False)                   # shards need no collective: nothing can time out
     model, schedule, config, step = load_model(args.run, args.raw, args.size, args.heads, args.schedule,
                                                args.timesteps)
     steps = args.steps or (len(schedule) if args.sampler == "ddpm" else min(250, len(schedule)))
     schedule = schedule.respaced(steps)
-    learned, data = config["network"]["learn_sigma"], config["data"]
+    learned, data, network = config["network"]["learn_sigma"], config["data"], config["network"]
+    maps = network["channels"] * (network["res_blocks"] + 1) + network["in_channels"] * 2 * NOISE_BLOCK
+    images = min(args.batch, args.num_samples)
+    check_memory(f"--batch {args.batch}", 4 * images * network["size"] ** 2 * maps, process.device)
     variance = args.variance or ("learned" if learned else "large")
     if variance == "learned" and not learned:
         raise UserError(f"--variance learned: the network of {args.run} does not predict its variance; large "
@@ -182,20 +209,21 @@ def fill(shards, job, attack_on, finish):
               f"{protocol['steps']} steps, {process.world} process(es) on {process.device.type}", flush=True)
     todo = [k for k in range(process.rank, len(shards), process.world) if not shards.finished(k)]
     progress = Progress(sum(len(shards.indices(k)) for k in todo), "images", "sampling")
-    for k in todo:
-        indices = shards.indices(k)
-        noise = image_noise(protocol["stream"], protocol["seed"], indices, shape, process.device)
-        attack = attack_on(indices) if attack_on else None
-        x_0 = sample(job.model, job.schedule, noise, **job.how, attack=attack)
-        x_0 = x_0.permute(0, 2, 3, 1).cpu().numpy()         # [B, H, W, C]
-        if not np.isfinite(x_0).all():
-            raise UserError(f"{protocol['checkpoint']}: its samples hold values that are not finite")
-        shards.write(k, x_0 if data["float_data"] else as_bytes(x_0), attack and attack.measures(x_0))
-        progress.update(progress.done + len(x_0))
+    with shards.alive(process.rank) if todo and not first else contextlib.nullcontext():
+        for k in todo:
+            indices = shards.indices(k)
+            noise = image_noise(protocol["stream"], protocol["seed"], indices, shape, process.device)
+            attack = attack_on(indices) if attack_on else None
+            x_0 = sample(job.model, job.schedule, noise, **job.how, attack=attack)
+            x_0 = x_0.permute(0, 2, 3, 1).cpu().numpy()         # [B, H, W, C]
+            if not np.isfinite(x_0).all():
+                raise UserError(f"{protocol['checkpoint']}: its samples hold values that are not finite")
+            shards.write(k, x_0 if data["float_data"] else as_bytes(x_0), attack and attack.measures(x_0))
+            progress.update(progress.done + len(x_0))
     if not first:
         return
     progress.close()
-    some = shards.join(finish)
+    some = shards.join(finish, process.world)
     print(f"made {out} and {out.with_suffix('.png')}: {protocol['num_samples']} images, {progress.rate:.2f} "
           f"images/s a process; noise estimate of the first {len(some)}: {noise_estimate(some).mean():.3f}")
 
@@ -209,6 +237,24 @@ def protocol_of(out):
         return None
 
 
+def wait_for(there, what, advice, signs=lambda: None):
+    """Waits until there() is not None -> what it is. What it waits for is said after a while; UserError, with
+    advice, once signs() have stayed the same for PATIENCE seconds."""
+    began = since = time.monotonic()
+    last, said = signs(), False
+    while (found := there()) is None:
+        now, new = time.monotonic(), signs()
+        if new != last:
+            last, since = new, now
+        if now - since > PATIENCE:
+            raise UserError(f"waited {PATIENCE} s for {what}: {advice}")
+        if not said and now - began > 10:
+            print(f"waits for {what}", file=sys.stderr, flush=True)
+            said = True
+        time.sleep(0.1)
+    return found
+
+
 class Shards:
     """The images of one .npz while they are being made: shard k is a file with images k*batch ... of them.
 
@@ -218,6 +264,9 @@ class Shards:
 
     def __init__(self, out, protocol):
         self.out, self.protocol, self.folder = out, protocol, Path(f"{out}.shards")
+        network, data = (protocol["config"][group] for group in ("network", "data"))
+        self.shape = network["size"], network["size"], network["in_channels"]           # of an image
+        self.dtype = np.dtype(np.float32 if data["float_data"] else np.uint8)
 
     def begin(self, first):
         """Begins, or goes on with what is there. -> False where OUT is finished with this protocol already.
@@ -225,23 +274,28 @@ class Shards:
         The first process decides for all, and the others wait for it: it may have finished without them.
         UserError where other shards are in the way, or the first process does not come.
         """
-        note, began, there = self.folder / "protocol.json", time.monotonic(), None
-        while True:
+        note = self.folder / "protocol.json"
+
+        def begun():
             if protocol_of(self.out) == self.protocol:
-                if first:                                   # one that was killed may have left it
-                    shutil.rmtree(self.folder, ignore_errors=True)
-                return False
+                return self.out
             try:
-                there = json.loads(note.read_text()) if note.exists() else None
+                return json.loads(note.read_text()) if note.exists() else None
             except (OSError, ValueError) as error:
                 raise UserError(f"{note}: damaged ({error}); delete the folder {self.folder}") from error
-            if first or there is not None:
-                break
-            if time.monotonic() - began > PATIENCE:
-                raise UserError(f"waited {PATIENCE} s for the first process to begin {self.folder}: is it "
-                                "running, on the same folder? RANK and WORLD_SIZE say that there are several")
-            time.sleep(0.1)
-        if there is not None and there != self.protocol:
+
+        there = begun() if first else wait_for(begun, f"the first process to begin {self.folder}", "is it "
+                                               "running, on the same folder? RANK and WORLD_SIZE say that "
+                                               "there are several")
+        if there is self.out:
+            if first:                                       # one that was killed may have left it
+                shutil.rmtree(self.folder, ignore_errors=True)
+            return False
+        if there is None:                                   # shards that nobody knows anything of are no use
+            shutil.rmtree(self.folder, ignore_errors=True)
+            images = self.protocol["num_samples"] * math.prod(self.shape) * self.dtype.itemsize
+            check_disk(self.out, 2 * images)                # the shards, then the .npz
+        elif there != self.protocol:
             there = there if isinstance(there, dict) else {}
             name = next(k for k in there | self.protocol if there.get(k) != self.protocol.get(k))
             raise UserError(f"{self.folder}: holds shards of another run ({name} {there.get(name)}, now "
@@ -250,6 +304,27 @@ class Shards:
             with atomic_write(note) as temporary:
                 temporary.write_text(json.dumps(self.protocol))
         return True
+
+    @contextlib.contextmanager
+    def alive(self, rank):
+        """Inside, a file of the folder is touched again and again: the process of this rank is at work, on a
+        shard that may take an hour."""
+        done, file = threading.Event(), self.folder / f"alive-{rank}"
+
+        def touch():
+            while not done.wait(HEARTBEAT):
+                with contextlib.suppress(OSError):
+                    os.utime(file)
+
+        with atomic_write(file) as temporary:
+            temporary.touch()
+        thread = threading.Thread(target=touch, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()
 
     def __len__(self):
         return -(-self.protocol["num_samples"] // self.protocol["batch"])
@@ -266,10 +341,14 @@ class Shards:
     def finished(self, k):
         """Whether shard k is there. One that a crash of the machine has damaged is not, and is made again."""
         try:
-            return len(np.load(self.path(k), mmap_mode="r", allow_pickle=False)) == len(self.indices(k))
-        except (OSError, ValueError, EOFError):
-            self.path(k).unlink(missing_ok=True)
-            return False
+            shard = np.load(self.path(k), mmap_mode="r", allow_pickle=False)
+            if (shard.shape, shard.dtype) == ((len(self.indices(k)), *self.shape), self.dtype):
+                return True
+        except (OSError, ValueError, EOFError, AttributeError):
+            pass
+        with contextlib.suppress(OSError):                  # it is not there, or a folder
+            self.path(k).unlink()
+        return False
 
     def write(self, k, images, measures=None):
         """Keeps the images [B, H, W, C] of shard k, which is finished once they are there, and its
@@ -280,14 +359,19 @@ class Shards:
         with atomic_write(self.path(k)) as temporary, open(temporary, "wb") as file:
             np.save(file, images)
 
-    def join(self, finish):
-        """Waits for the shards of all processes, draws the grid, calls finish(their measures), streams them
-        into the .npz, removes the folder. -> the images of the grid, float [B, C, H, W] in [-1, 1] or data
-        units."""
+    def signs_of_life(self):
+        """Something that changes when a process writes a shard or is alive."""
+        with contextlib.suppress(OSError):
+            return {file.name: file.stat().st_mtime_ns for file in os.scandir(self.folder)}
+
+    def join(self, finish, world):
+        """Waits for the shards of all `world` processes, draws the grid, calls finish(their measures),
+        streams them into the .npz, removes the folder. -> the images of the grid, float [B, C, H, W] in
+        [-1, 1] or data units."""
         paths = [self.path(k) for k in range(len(self))]
-        for path in paths:
-            while not path.exists():                      # a process that dies takes this one along: torchrun
-                time.sleep(0.2)
+        for k, path in enumerate(paths):
+            wait_for(lambda: self.finished(k) or None, f"process {k % world} to make {path}",
+                     "the same command goes on with the shards that are there", self.signs_of_life)
         some = [np.load(path, allow_pickle=False) for path in paths[:math.ceil(64 / self.protocol["batch"])]]
         some = np.concatenate(some)[:64]
         save_grid(some if some.dtype == np.uint8 else as_bytes(some), self.out.with_suffix(".png"))
@@ -312,6 +396,7 @@ def main(argv=None):
     parser = parser_of(__doc__)
     add_arguments(parser)
     args = parser.parse_args(argv)
+    say_idle(parser, argv, idle_in_sampling(args))
     generate(open_job(args), args.out)
 
 

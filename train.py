@@ -11,6 +11,8 @@ The same command again goes on from the last checkpoint. RUN/checkpoint.pt is wh
 take.
 """
 
+import common                                               # first: it answers Ctrl-C while others load
+
 import contextlib
 import functools
 import json
@@ -29,13 +31,13 @@ import torch
 import torch.distributed as dist
 
 import beyond
-from common import (POSITIVE, Progress, UserError, as_bytes, atomic_write, broadcast, check_ranges,
+from common import (POSITIVE, Progress, UserError, as_bytes, atomic_write, broadcast, check_out, check_ranges,
                     command_line, gather, generator, image_noise, locked, noise_estimate, parser_of,
                     save_grid, sha256_of, start_processes, stream_seed, together, write_json)
 from data import Images
-from sample import sample, split_output
-from unet import (PRESETS, Schedule, UNet, at, expand, in_bfloat16, load_checkpoint, network_of,
-                  save_checkpoint)
+from sample import sample, say_idle, split_output
+from unet import (PRESETS, Schedule, UNet, at, check_disk, check_memory, expand, in_bfloat16, load_checkpoint,
+                  misfit, network_of, previous_of, save_checkpoint)
 
 GRID = 36               # images of a sample grid, made with 50 DDIM steps: sample.py's of seed 0
 STREAMS = 2       # raised when a run's random numbers change: a run that another version began is not resumed
@@ -311,11 +313,10 @@ class Trainer:
         self.model.load_state_dict(checkpoint.get("model", checkpoint))
         for average, name in zip(self.ema, self.ema_weights()):
             average.copy_(checkpoint.get("ema", checkpoint)[name])
-        if "optimizer" in checkpoint:
-            self.optimizer.load_state_dict(checkpoint["optimizer"])
+        if "optimizer" in checkpoint:                       # its moments; the settings are this command's
+            own = self.optimizer.state_dict()
+            self.optimizer.load_state_dict(own | dict(state=checkpoint["optimizer"]["state"]))
             self.ema_updates = checkpoint["ema_updates"]
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.settings["lr"]
         if resume:
             self.step = checkpoint["step"]
 
@@ -325,6 +326,13 @@ class Trainer:
 # Training by size of network: the paper's (its codebase's, where it is silent), and one that a CPU finishes.
 DEFAULTS = {"paper": dict(steps=500_000, batch=128, lr=1e-4, ema=0.9999),
             "small": dict(steps=2_000, batch=64, lr=1e-3, ema=0.995)}
+NETWORK = "channels", "res_blocks", "mult", "attn", "heads", "dropout", "learn_sigma"      # groups of flags
+PROCESS = "schedule", "timesteps"
+
+
+def given(args, *names):
+    """The settings among these that a command line has: {name: value}."""
+    return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
 
 
 def arguments(argv=None):
@@ -365,7 +373,10 @@ def arguments(argv=None):
     add("--sigma", type=float, default=0.0, help="deviation of their noise, of [-1, 1] (paper: 0.1, 0.2)")
     add("--data-seed", type=int, default=0, help="seed of the corruption (default 0)")
     add = parser.add_argument_group("network and process (defaults: PRESETS of unet.py)").add_argument
-    integers = lambda text: tuple(int(part) for part in text.split(","))
+
+    def integers(text):
+        return tuple(int(part) for part in text.split(","))
+
     add("--preset", choices=list(PRESETS), help="another data set's network, or `small`")
     add("--channels", type=int, help="width of the first level")
     add("--res-blocks", type=int, help="residual blocks a level")
@@ -378,28 +389,35 @@ def arguments(argv=None):
     add("--schedule", choices=["linear", "cosine"], help="noise schedule (default linear)")
     args = parser.parse_args(argv)
 
-    args.preset = args.preset or (args.data if args.data in PRESETS else "small")
-    for name, value in DEFAULTS["small" if args.preset == "small" else "paper"].items():
+    args.network = args.preset or (args.data if args.data in PRESETS else "small")
+    for name, value in DEFAULTS["small" if args.network == "small" else "paper"].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     args.out = args.out or Path("runs") / f"{args.data}-{args.method}"
-    positive = ("steps", "batch", "microbatch", "save_every", "lr", "lam", "gamma", "reg_share", "channels",
-                "res_blocks", "heads", "sigma_known")
-    if min(args.mult or [1]) < 1:
-        raise UserError(f"--mult {','.join(map(str, args.mult))}: must be positive integers, as in 1,2,2,2")
-    check_ranges(args, p=(0, 1), sigma=(0, math.inf), ema=(0, 1), dropout=(0, 1), omega=(1, math.inf),
-                 sample_every=(0, math.inf), timesteps=(2, math.inf), **dict.fromkeys(positive, POSITIVE))
-    args.balance = args.balance and args.method not in ("ddpm", "ambient")      # their loss has one term
+    positive, counts = ("lr", "lam", "gamma", "reg_share"), ("steps", "batch", "microbatch", "save_every")
+    check_ranges(args, p=(0, 1), sigma=(0, 1000), sigma_known=(1e-6, 1e6), ema=(0, 1), omega=(1, 1000),
+                 sample_every=(0, 10**12), **dict.fromkeys(positive, POSITIVE),
+                 **dict.fromkeys(counts, (1, 10**12)))
+    if args.attn:
+        args.attn = tuple(sorted(args.attn, reverse=True))
+    if wrong := misfit(given(args, "size", *NETWORK, *PROCESS)):
+        raise UserError(f"--{wrong}")
     if bool(args.p) != bool(args.sigma):
         raise UserError(f"--p {args.p:g} --sigma {args.sigma:g}: the one without the other corrupts nothing")
-    if args.method != "ambient":
-        args.flags = args.sigma_known = None
-    elif args.sigma_known is None:
-        args.sigma_known = args.sigma or 0.1
-    world = int(os.environ.get("WORLD_SIZE", 1))
+    world, on = int(os.environ.get("WORLD_SIZE", 1)), f"on --method {args.method}"
     if args.batch % world:
         raise UserError(f"--batch {args.batch}: is not a multiple of the {world} processes")
     args.reg_share = beyond.rounded_share(args.reg_share, args.batch, world)
+    idle = [] if args.p else [(["data_seed"], "without --p")]
+    if args.method in ("ddpm", "ambient"):                  # their loss has one term
+        idle.append((["lam", "lam_units", "omega", "gamma", "reg_share", "balance"], on))
+        args.balance = False
+    if args.method != "ambient":
+        idle.append((["flags", "sigma_known"], on))
+        args.flags = args.sigma_known = None
+    elif args.sigma_known is None:
+        args.sigma_known = args.sigma or 0.1
+    say_idle(parser, argv, idle)
     return args
 
 
@@ -408,27 +426,27 @@ def resolutions(network):
     return [network["size"] >> level for level in range(len(network["mult"]))]
 
 
-def configuration(args, images, init):
-    """The run as plain values in four groups: what a checkpoint says of itself. init: the checkpoint of
-    --init, or None."""
-    def given(*names):
-        return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-
-    chosen = given("channels", "res_blocks", "mult", "attn", "heads", "dropout", "learn_sigma")
+def configuration(args, images, start, resume):
+    """The run as plain values in four groups: what a checkpoint says of itself. start: the checkpoint of
+    --init, whose network and process the flags may only agree with, or, to `resume`, the run's own; or
+    None."""
+    chosen = dict(PRESETS[args.preset] if args.preset else {}, **given(args, *NETWORK))
     network = dict(size=images.size, in_channels=images.shape[0], learn_sigma=False, scale_shift=True)
-    network |= PRESETS[args.preset] | chosen
-    process = dict(schedule=args.schedule or "linear", timesteps=args.timesteps or 1000)
-    if init is not None:                                    # the file decides; flags may only agree with it
-        if "config" in init:
-            network, process = init["config"]["network"], init["config"]["process"]
+    network |= PRESETS[args.network] | chosen
+    process = dict(schedule="linear", timesteps=1000) | given(args, *PROCESS)
+    if args.init:
+        chosen["size"] = images.size
+        if "config" in start:
+            from_file, process_from_file = start["config"]["network"], start["config"]["process"]
         else:
-            network |= network_of(init, images.size, network["heads"])
-        for name, value in (chosen | given("schedule", "timesteps") | dict(size=images.size)).items():
-            if name != "dropout" and (network | process)[name] != value:
-                raise UserError(f"--init {args.init}: its {name} is {(network | process)[name]}, not {value}")
-        network = network | dict(dropout=chosen.get("dropout", network["dropout"]))
+            from_file, process_from_file = network_of(start, images.size, network["heads"]), process
+        for name, value in (chosen | given(args, *PROCESS)).items():
+            if not resume and name != "dropout" and (from_file | process_from_file)[name] != value:
+                raise UserError(f"--init {args.init}: its {name} is {(from_file | process_from_file)[name]}, "
+                                f"not {value}")
+        network, process = network | from_file | chosen, process_from_file | given(args, *PROCESS)
     sizes = resolutions(network)
-    for resolution in chosen.get("attn", ()):
+    for resolution in args.attn or ():
         if resolution not in sizes:
             raise UserError(f"--attn {resolution}: the network has {', '.join(map(str, sizes))}")
     if args.method == "ambient" and network["learn_sigma"]:
@@ -444,39 +462,85 @@ def configuration(args, images, init):
     return dict(network=network, process=process, data=data, training=training)
 
 
-def open_inputs(args):
-    """-> Images, configuration, and the checkpoint of --init or None; UserError where one does not fit."""
+def open_images(args, first):
+    """-> the Images of a training; UserError where they are too few, or the run's folder cannot be
+    written."""
+    if first:                                               # which alone writes
+        for name in "checkpoint.pt", "checkpoint-previous.pt", "log.jsonl", grid_name(args.steps):
+            check_out(args.out / name)
     images = Images(args.data, args.size, args.data_dir, args.p, args.sigma, args.data_seed)
     if args.batch > len(images):
         raise UserError(f"--batch {args.batch}: {args.data} has only {len(images)} images")
-    init = load_checkpoint(args.init) if args.init else None
-    return images, configuration(args, images, init), init
+    return images
 
 
-def open_saved(args, config, first):
-    """The checkpoint in args.out that a run goes on from, or None: read by the first process, for all of
-    them.
+def open_start(args, first):
+    """What a run starts from, read by the first process, for all of them: -> the checkpoint in args.out and
+    True, to go on with it; or that of --init, or None, and False.
 
-    UserError where another command began the run, naming every setting that differs, or where others have a
-    checkpoint and the first process has none.
+    UserError where others have a checkpoint and the first process has none, or it is no run's.
     """
-    found = gather((args.out / "checkpoint.pt").exists())
+    path = args.out / "checkpoint.pt"
+    found = gather(not args.benchmark and os.path.lexists(path))
     if any(found) and not found[0]:
         raise UserError(f"--out {args.out}: process {found.index(True)} finds a checkpoint there and process "
                         "0 does not; process 0 reads and writes it: start that on the machine that has it")
-    if not (first and found[0]):
+    if not first:
         return None
-    saved = load_checkpoint(args.out)
-    there, now = saved["config"], config
+    if not found[0]:
+        if previous_of(path).exists() and not args.benchmark:
+            raise UserError(f"--out {args.out} holds {previous_of(path).name} and no {path.name}: rename it "
+                            f"to {path.name} to go on from there, or delete it")
+        return load_checkpoint(args.init) if args.init else None, False
+    saved = load_checkpoint(path)
+    if not {"config", "optimizer"} <= saved.keys():
+        raise UserError(f"{path}: is a model and no run that can go on; start from it with --init, and "
+                        "choose another --out")
+    return saved, True
+
+
+def check_same_run(args, there, now):
+    """UserError where the config `there`, of the checkpoint in args.out, is not that of this command, naming
+    every setting that differs."""
     if there["training"].get("streams") != STREAMS:
         raise UserError(f"--out {args.out} holds a run that another version of train.py began, with other "
                         "random streams: sample from it, start from it with --init, or choose another --out")
+
+    def same(name, was, value):
+        if name == "init" and was and value:                # two ways to write a path
+            return os.path.abspath(str(was)) == os.path.abspath(value)
+        return was == value
+
     differing = [f"{name} was {there[group].get(name)} and is now {value}" for group in now
-                 for name, value in now[group].items() if there[group].get(name) != value]
+                 for name, value in now[group].items() if not same(name, there[group].get(name), value)]
     if differing:
         raise UserError(f"--out {args.out} holds another run: {'; '.join(differing)}. Give the same "
                         "settings, or another --out")
-    return saved
+
+
+def check_room(args, config, process):
+    """UserError, before the work, where the network, a batch or the checkpoints do not fit the machine."""
+    network = config["network"]
+    with torch.device("meta"):
+        model = 4 * sum(p.numel() for p in UNet(**network).parameters())                # bytes
+    rows = min(args.microbatch or args.batch, args.batch // process.world)
+    maps = 4 * network["size"] ** 2 * network["channels"] * (network["res_blocks"] + 1)
+    check_memory("the network", 5 * model, process.device)  # weights, gradients, EMA, AdamW's moments
+    check_memory(f"--batch {args.batch} (see --microbatch)", 5 * model + rows * maps, process.device)
+    if process.rank == 0 and not args.benchmark:
+        files = args.out / "checkpoint.pt", previous_of(args.out / "checkpoint.pt")
+        there = {file.stat().st_ino: file.stat().st_size for file in files if file.exists()}
+        check_disk(args.out, 3 * 4 * model - sum(there.values()))               # two, and the next one
+
+
+def check_compiler(device):
+    """UserError where torch.compile does not work, as without a compiler for C++: tried on a trifle."""
+    try:
+        torch.compile(lambda x: 2 * x + 1)(torch.ones(2, device=device))
+    except Exception as error:                              # of many kinds
+        lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        raise UserError(f"--compile: torch.compile does not work here ({lines[0][:160]}); leave the flag "
+                        "out") from error
 
 
 def peak_memory(device):
@@ -521,17 +585,20 @@ class Log:
         if first:
             kept = []                                  # not what a killed run wrote after its last checkpoint
             if step and path.exists():
-                for line in path.read_text().splitlines():
-                    with contextlib.suppress(ValueError):   # the last line may be half written
+                for line in path.read_text(errors="replace").splitlines():
+                    with contextlib.suppress(ValueError, TypeError, KeyError):      # half written, foreign
                         kept += [line] if json.loads(line)["step"] <= step else []
             with atomic_write(path) as temporary:
                 temporary.write_text("".join(line + "\n" for line in kept))
-            self.file = open(path, "a", buffering=1)
+            self.path, self.file = path, open(path, "a", buffering=1)
 
     def record(self, **values):
         """A line of the file."""
         if self.first:
-            self.file.write(json.dumps(values) + "\n")
+            try:
+                self.file.write(json.dumps(values) + "\n")
+            except OSError as error:                        # the disk is full
+                raise UserError(f"cannot write {self.path}: {error.strerror}") from error
 
     def say(self, text):
         """A line for people."""
@@ -551,11 +618,11 @@ def describe(args, config, trainer, images, assumed):
     if args.method == "ambient":
         method = (f", sigma {args.sigma_known} known, {100 * (assumed > 0).mean():.1f} % of the images taken "
                   f"for noisy ({args.flags})")
+    origin = f"from {args.init}" if args.init else args.network
     return (f"data      {args.data} {images.size}x{images.size}, {len(images)} images, {100 * args.p:g} % of "
             f"them with noise of sigma {args.sigma} (data seed {args.data_seed}); noise estimate "
-            f"{noise:.3f}\nnetwork   {parameters:.2f} M parameters ({args.preset}), {attention}"
-            f"{f', from {args.init}' if args.init else ''}; {config['process']['schedule']} schedule, "
-            f"T = {len(trainer.schedule)}\n"
+            f"{noise:.3f}\nnetwork   {parameters:.2f} M parameters ({origin}), {attention}; "
+            f"{config['process']['schedule']} schedule, T = {len(trainer.schedule)}\n"
             f"method    {args.method}{'' if args.method == 'ddpm' else method}\n"
             f"training  steps {trainer.step} to {args.steps}, batch {args.batch} on {trainer.process.world} "
             f"{trainer.process.device.type} process(es), {'bfloat16' if args.amp else 'float32'}\n"
@@ -613,8 +680,10 @@ def run(args, trainer, images, assumed, log):
         stopping = torch.tensor(float(bool(stop)))
         if process.world > 1:
             dist.all_reduce(stopping)                       # on the CPU: all leave after the same step
-        saving = step == args.steps or bool(stopping) or step % args.save_every == 0
-        if not (saving or step % log_every == 0):
+        last = step == args.steps
+        saving = last or bool(stopping) or step % args.save_every == 0
+        drawing = last or args.sample_every and step % args.sample_every == 0
+        if not (saving or drawing or step % log_every == 0):
             continue
         if math.isfinite(float(broken)):
             good = f"the last good checkpoint is {checkpoint}" if checkpoint.exists() else "none was saved"
@@ -625,10 +694,10 @@ def run(args, trainer, images, assumed, log):
         sums, counted = {}, 0
         log.record(step=step, **means, images_per_s=round(rate, 2))
         progress.update(step - began_at, **means)
-        if saving and log.first:
-            save_checkpoint(checkpoint, trainer.state())
-        if log.first and (step == args.steps or args.sample_every and step % args.sample_every == 0):
-            draw_grid(args, trainer, log)
+        if saving:
+            together(lambda: log.first and save_checkpoint(checkpoint, trainer.state()))
+        if drawing:
+            together(lambda: log.first and draw_grid(args, trainer, log))
         if stopping:
             log.say(f"\nstopped by a signal after step {step}: saved {checkpoint}; the same command goes on")
             sys.exit(128 + (stop or [signal.SIGTERM])[0])
@@ -642,33 +711,42 @@ def main(argv=None):
     """Trains until args.steps, resuming where a checkpoint is."""
     args = arguments(argv)
     process = start_processes()
-    images, config, init = together(lambda: open_inputs(args))
-    asked = json.dumps([config, args.steps, args.benchmark], sort_keys=True)
-    if len(set(gather(asked))) > 1:
+    first = process.rank == 0
+    images = together(lambda: open_images(args, first))
+    asked = {name: value for name, value in vars(args).items() if not isinstance(value, Path)}
+    if len(set(gather(json.dumps([asked, images.info["sha256"]], sort_keys=True)))) > 1:
         raise UserError("the processes were given different settings or data: the same command is needed on "
                         "every machine")
-    if args.benchmark:
-        result = benchmark(args, config, images, process)
-        if process.rank == 0:
-            write_json(args.out / "benchmark.json", result)
-            print(json.dumps(result["methods"], indent=1) + f"\nmade {args.out}/benchmark.json")
-        return
+    if args.compile:
+        together(lambda: check_compiler(process.device))
     message = f"--out {args.out}: another process is training there; wait for it, or choose another --out"
     with contextlib.ExitStack() as stack:
-        together(lambda: process.rank == 0 and stack.enter_context(locked(args.out / ".lock", message)))
-        saved = broadcast(together(lambda: open_saved(args, config, process.rank == 0)))
-        finished = saved and saved["step"] >= args.steps
-        if finished and broadcast((args.out / grid_name(saved["step"])).exists()):
-            if process.rank == 0:
-                print(f"{args.out}/checkpoint.pt is at step {saved['step']} already: nothing to do (--steps "
+        if not args.benchmark:
+            together(lambda: first and stack.enter_context(locked(args.out / ".lock", message)))
+        start, resume = broadcast(together(lambda: open_start(args, first)))
+        config = configuration(args, images, start, resume)
+        if resume:
+            check_same_run(args, start["config"], config)
+        finished = resume and start["step"] >= args.steps
+        if not finished:
+            together(lambda: check_room(args, config, process))
+        if args.benchmark:
+            result = benchmark(args, config, images, process)
+            if first:
+                write_json(args.out / "benchmark.json", result)
+                print(json.dumps(result["methods"], indent=1) + f"\nmade {args.out}/benchmark.json")
+            return
+        if finished and broadcast((args.out / grid_name(start["step"])).exists()):
+            if first:
+                print(f"{args.out}/checkpoint.pt is at step {start['step']} already: nothing to do (--steps "
                       f"{args.steps})")
             return
-        trainer = Trainer(config, args.microbatch, args.compile, process)
-        if saved or init:
-            trainer.load(saved or init, resume=saved is not None)
-        del saved, init                                     # gigabytes, of large networks
+        trainer = together(lambda: Trainer(config, args.microbatch, args.compile, process))
+        if start:
+            trainer.load(start, resume)
+        del start                                           # gigabytes, of large networks
         assumed = assumed_noise(images, args.flags, args.sigma_known) if args.method == "ambient" else None
-        log = Log(args.out / "log.jsonl", trainer.step, process.rank == 0)
+        log = together(lambda: Log(args.out / "log.jsonl", trainer.step, first))
         if trainer.step >= args.steps:                       # killed between its last checkpoint and its grid
             if log.first:
                 draw_grid(args, trainer, log)

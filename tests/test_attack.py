@@ -9,7 +9,6 @@ import torch
 
 import attack
 import sample
-import unet
 from common import UserError, command_line
 from test_sample import checkpoint
 
@@ -232,10 +231,14 @@ def test_attack_does_not_depend_on_processes_or_interruptions(run, tmp_path, mon
 @pytest.mark.parametrize("argv, expected", [
     ("--steps-attacked -1", "0 to 4"), ("--steps-attacked 5", "--steps-attacked 5: must be 0 to 4"),
     ("--steps-attacked 120%", "0 to 4"), ("--steps-attacked some", "0 to 4"),
-    ("--steps-attacked nan%", "0 to 4"), ("--steps-attacked 1 --phi 0", "--phi 0.0: must be positive"),
+    ("--steps-attacked nan%", "0 to 4"), ("--steps-attacked 1 --phi 0", "--phi 0.0: must be from 1e-06"),
     ("--steps-attacked 1 --iters 0", "--iters 0"),
     ("--steps-attacked 1 --eot -2", "--eot -2"), ("--steps-attacked 1 --eps-scale inf", "--eps-scale inf"),
-    ("--steps-attacked 1 --stride 0", "--stride 0.0: must be positive"),
+    ("--steps-attacked 1 --stride 0", "--stride 0.0: must be from 1e-06"),
+    ("--steps-attacked 12.4%", "--steps-attacked 12.4%: is less than half a step of the 4 .* at least 12.5%"),
+    ("--steps-attacked=-1%", "--steps-attacked -1%: must be 0 to 4"),
+    ("--steps-attacked 1 --attack eot --eot 100000", "--eot 100000: must be from 1 to 1000"),
+
     ("--steps-attacked 1 --attack eot --sampler ddim", "--attack eot --sampler ddim: .*--attack pgd"),
     ("--steps-attacked 1 --as-printed", "--as-printed --attack fgsm: only pgd and eot"),
     ("--steps-attacked 1 --attack pgd --as-printed --stride 2", "--stride 2.0: .* not with --as-printed"),
@@ -254,5 +257,23 @@ def test_attack_refuses(argv, expected, run, tmp_path, monkeypatch, capsys):
 
 def test_steps_attacked_is_a_number_or_a_percentage():
     """By hand, on 40 steps."""
-    counts = [attack.attacked_count(text, 40) for text in ("25%", "40", "0", "100%", "2.5%")]
-    assert counts == [10, 40, 0, 40, 1]
+    counts = [attack.attacked_count(text, 40) for text in ("25%", "40", "0", "0%", "100%", "2.5%", "1.25%")]
+    assert counts == [10, 40, 0, 0, 40, 1, 1]
+
+
+@pytest.mark.parametrize("argv, expected", [
+    ("fgsm --iters 20 --eot 5", {"--iters", "--eot"}), ("pgd --iters 20 --eot 5", {"--eot"}), ("fgsm", set()),
+    ("eot --iters 20 --eot 5 --phi 1", set()), ("noise --phi 1 --iters 3", {"--iters", "--phi"}),
+    ("drift --phi 1 --sampler ddim --variance large", {"--variance"})])
+def test_flags_without_an_effect_are_said(argv, expected, capsys):
+    """Only those that were given, though with the default's value."""
+    attack.arguments(["RUN", "--steps-attacked", "1", "--attack", *argv.split()])
+    said = capsys.readouterr().err.splitlines()
+    assert {line.split(" has no effect ")[0] for line in said} == expected and len(said) == len(expected)
+
+
+def test_a_report_that_cannot_be_written_is_said_before_the_work(run, tmp_path):
+    """A folder in its place: catches an attack of hours without its numbers."""
+    (tmp_path / "a.npz.attack.json").mkdir()
+    with pytest.raises(UserError, match="--out .*a.npz.attack.json: is a folder"):
+        made_by(attack, run, tmp_path / "a.npz", *COMMON, "--steps-attacked", 1)

@@ -1,10 +1,15 @@
 """sample.py as a stage: command line, shards, processes, the .npz and its protocol. Its steps:
 test_core.py."""
 
+import contextlib
 import copy
 import hashlib
 import json
+import os
 import re
+import shutil
+import threading
+import time
 import zipfile
 from argparse import ArgumentParser
 
@@ -140,6 +145,8 @@ def test_public_state_dict_is_sampled(tmp_path):
     torch.save(weights(5), tmp_path / "public.pt")
     with pytest.raises(UserError, match="public.pt: a bare state dict does not say .* size; pass --size"):
         sampled(tmp_path / "public.pt", tmp_path / "a.npz")
+    with pytest.raises(UserError, match="--raw: .*public.pt is a bare state dict, which has one set"):
+        sampled(tmp_path / "public.pt", tmp_path / "a.npz", "--size", 8, "--raw")
     argv = ["--size", 8, "--heads", 2, "--timesteps", 25, "--num-samples", 3, "--steps", 5]
     images, protocol = sampled(tmp_path / "public.pt", tmp_path / "a.npz", *argv)
     assert far(images, as_bytes(by_hand(state=5))) <= 1
@@ -215,14 +222,19 @@ def test_a_second_start_on_the_same_samples_is_refused(run, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["s.npz", "s.png"]
 
 
-def test_a_damaged_shard_is_made_again(run, tmp_path):
-    """A shard cut by a crash of the machine: catches it taken for finished, or a traceback."""
+@pytest.mark.parametrize("damage", [
+    lambda path: path.write_bytes(path.read_bytes()[:100]),
+    lambda path: np.save(path, np.zeros((1, 4, 4, 3), np.uint8)), lambda path: np.save(path, np.uint8(1)),
+    lambda path: (path.with_name("protocol.json").unlink(), np.save(path, np.load(path) + 1))])
+def test_a_damaged_shard_is_made_again(damage, run, tmp_path):
+    """A shard cut by a crash of the machine, one of other images, and one that nobody says anything of:
+    catches it taken for finished, or a traceback."""
     argv = "--num-samples", 2, "--steps", 3, "--batch", 1
     whole, _ = sampled(run, tmp_path / "whole.npz", *argv)
     monkey, join = pytest.MonkeyPatch(), sample.Shards.join
 
-    def dies(self, finish):
-        self.path(1).write_bytes(self.path(1).read_bytes()[:100])
+    def dies(self, *_):
+        damage(self.path(1))
         raise KeyboardInterrupt
 
     monkey.setattr(sample.Shards, "join", dies)
@@ -247,6 +259,47 @@ def test_finished_samples_are_left_alone(run, tmp_path, capsys, monkeypatch):
     assert capsys.readouterr().out.count("nothing to do") == 1
     other, _ = sampled(run, tmp_path / "s.npz", *argv, "--seed", 1)
     assert not np.array_equal(images, other)
+
+
+def test_a_wait_for_another_process_ends(run, tmp_path, monkeypatch, capsys):
+    """The first of two processes, whose second is dead: a line that names its shard. One that is at work on a
+    shard for longer than the first has patience is waited for. Catches a wait without an end, and one that
+    ends too early."""
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(sample, "PATIENCE", 0.4)
+    monkeypatch.setattr(sample, "HEARTBEAT", 0.05)
+    argv = [str(run), *"--num-samples 2 --steps 3 --batch 1 --out".split(), str(tmp_path / "s.npz")]
+    with pytest.raises(UserError, match="waited 0.4 s for process 1 to make .*000001.npy: the same command"):
+        sample.main(argv)
+    protocol = json.loads((tmp_path / "s.npz.shards" / "protocol.json").read_text())
+    shards = sample.Shards(tmp_path / "s.npz", protocol)
+
+    def second():
+        with shards.alive(1):
+            time.sleep(1)
+            shards.write(1, np.zeros((1, 8, 8, 3), np.uint8))
+
+    thread = threading.Thread(target=second)
+    thread.start()
+    sample.main(argv)
+    thread.join()
+    with np.load(tmp_path / "s.npz", allow_pickle=False) as archive:
+        assert not archive["arr_0"][1].any() and archive["arr_0"][0].any()
+    assert not (tmp_path / "s.npz.shards").exists()
+
+
+def test_what_does_not_fit_is_said_before_the_work(run, tmp_path, monkeypatch):
+    """Shards and .npz on the disk, a batch in the memory: catches a job that ends hours later for that."""
+    usage, argv = shutil.disk_usage(tmp_path), ["--num-samples", 100, "--steps", 2]
+    for free, fits in ((2 * 100 * 192 - 1, False), (2 * 100 * 192, True)):
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=free))
+        with contextlib.nullcontext() if fits else pytest.raises(UserError, match="--out .* MiB are needed"):
+            sampled(run, tmp_path / "s.npz", *argv)
+        assert (tmp_path / "s.npz").exists() == fits
+    monkeypatch.setattr(os, "sysconf", lambda name: 2000)           # 4 MB
+    with pytest.raises(UserError, match="--batch 5000: needs more than .* MiB of memory, and there are 4"):
+        sampled(run, tmp_path / "t.npz", "--num-samples", 9999, "--steps", 2, "--batch", 5000)
 
 
 def test_waits_end(run, tmp_path, monkeypatch):
@@ -275,6 +328,10 @@ def test_waits_end(run, tmp_path, monkeypatch):
     ("--heads 7", "--heads 7: .* its heads is 2; leave the flag out"),
     ("--schedule cosine", "its schedule is linear"), ("--timesteps 9", "its timesteps is 25"),
     ("--out s.png", "--out s.png: the name must end in .npz"), ("--out /proc/s.npz", "cannot write /proc"),
+    ("--num-samples 1000000000000", "--num-samples 1000000000000: must be from 1 to 1e.09"),
+    ("--batch 1000000 --num-samples 1000000", "--batch 1000000: needs more than .* MiB of memory"),
+    ("--heads 0", "--heads 0: must be a whole number from 1"), ("--size 0", "--size 0: must be a whole"),
+    (f"--out {__file__}/s.npz", "--out .*: .*test_sample.py is a file, not a folder"),
     ("--variance learned", "--variance learned: .*does not predict its variance")])
 def test_sample_refuses(argv, expected, run, tmp_path, monkeypatch, capsys):
     """Each wrong flag by its name, in one line with status 2, before anything is written."""
@@ -284,6 +341,23 @@ def test_sample_refuses(argv, expected, run, tmp_path, monkeypatch, capsys):
     assert leaving.value.code == 2
     assert re.fullmatch(f".*: error: .*{expected}.*\n", capsys.readouterr().err)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["s.npz", "s.png", "s.npz.shards/protocol.json"])
+def test_sample_refuses_what_it_cannot_write(name, tmp_path):
+    """Folders in the place of its files: said before the model is looked for."""
+    (tmp_path / name).mkdir(parents=True)
+    with pytest.raises(UserError, match=f"--out .*{name}: is a folder"):
+        sample.main([str(tmp_path / "nowhere"), "--out", str(tmp_path / "s.npz")])
+
+
+def test_a_variance_without_an_effect_is_said(run, tmp_path, capsys):
+    """DDIM has none: catches --variance ignored without a word, or said where it was not given."""
+    argv = [run, tmp_path / "s.npz", "--num-samples", 1, "--steps", 2, "--sampler", "ddim"]
+    sampled(*argv)
+    assert "no effect" not in capsys.readouterr().err
+    sampled(*argv, "--variance", "small")
+    assert capsys.readouterr().err.startswith("--variance has no effect on --sampler ddim\n")
 
 
 def test_weights_that_do_not_fit_are_named(run, tmp_path):

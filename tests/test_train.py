@@ -1,16 +1,21 @@
 """train.py as a stage: command line, run folder, resume, processes, signals, checkpoints. Its method:
 test_core.py."""
 
+import contextlib
+import functools
 import hashlib
+import io
 import json
 import math
 import os
+import pickle
 import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -58,9 +63,12 @@ def two_process_jobs(folder, shapes):
     do."""
     jobs = [(f"train-{name}", "train", like_one(shapes, folder / f"train-{name}", name)) for name in LIKE_ONE]
     apart = like_one(shapes, folder / "machine-{rank}", "paper")
+    torch.save(unet.UNet(8, 32, 1, (1,), (8,), 2).state_dict(), folder / "init-0.pt")     # no init-1.pt
     (folder / "swapped-1").mkdir()
     (folder / "swapped-1" / "checkpoint.pt").touch()
     return [*jobs, ("stopped", "train", [*apart, "--steps", "2"]), ("resumed", "train", apart),
+            ("init", "train", [*like_one(shapes, folder / "init", "paper"), "--init",
+                               folder / "init-{rank}.pt"]),
             ("benchmark", "train", [*like_one(shapes, folder / "benchmark", "paper"), "--benchmark"]),
             ("swapped", "train", flags(shapes, folder / "swapped-{rank}", "--steps", 2)),
             ("seeds", "train", flags(shapes, folder / "disagree", "--steps", 2, "--seed", "{rank}")),
@@ -186,7 +194,7 @@ def test_a_second_start_on_the_same_folder_is_refused(shapes, tmp_path):
     assert not (tmp_path / "run" / ".lock").exists()
 
 
-def test_a_disk_without_links_and_one_that_is_full(tmp_path, monkeypatch):
+def test_a_disk_without_links_and_one_that_is_full(trained, tmp_path, monkeypatch):
     """Catches a training that dies at its second save where there are no hard links, and a full disk's
     traceback."""
     def no_links(*args):
@@ -194,7 +202,7 @@ def test_a_disk_without_links_and_one_that_is_full(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "link", no_links)
     for step in (1, 2):
-        unet.save_checkpoint(tmp_path / "c.pt", dict(config={}, step=step, model={}, ema={}))
+        unet.save_checkpoint(tmp_path / "c.pt", unet.load_checkpoint(trained) | dict(step=step))
     assert [unet.load_checkpoint(tmp_path / name)["step"] for name in ("c.pt", "c-previous.pt")] == [2, 1]
 
     def full(*args):
@@ -274,6 +282,7 @@ def test_machines_without_a_common_folder_go_on_as_one(two_processes):
     assert results["stopped"] == results["resumed"] == ["ok", "ok"]
     assert_same(tensors(folder / "machine-0"), tensors(folder / "train-paper"))
     assert not (folder / "machine-1").exists()
+    assert results["init"] == ["ok", "ok"]                  # read by the first, for both
     for said in results["swapped"]:
         assert "process 1 finds a checkpoint there and process 0 does not" in said
 
@@ -436,7 +445,7 @@ def configured(*argv):
     images = SimpleNamespace(size=64, shape=(3, 64, 64), low=-1, high=1, array=np.zeros(1, np.uint8),
                              info=dict(sha256="0"))
     images = type("Some", (), vars(images) | dict(__len__=lambda self: 1))()
-    return train.configuration(train.arguments(list(argv)), images, None)
+    return train.configuration(train.arguments(list(argv)), images, None, False)
 
 
 @pytest.mark.parametrize("preset", list(unet.PRESETS))
@@ -470,11 +479,19 @@ def test_defaults_are_the_papers():
 @pytest.mark.parametrize("argv, expected", [
     ("--batch 65", "--batch 65: shapes has only 64 images"), ("--p 1.5", "--p 1.5: must be from 0 to 1"),
     ("--sigma -1", "--sigma -1"), ("--sigma nan", "--sigma nan"), ("--lr 0", "--lr 0.0: must be positive"),
-    ("--steps -5", "--steps -5"), ("--ema 2", "--ema 2"), ("--omega 0.5", "--omega 0.5: must be at least 1"),
+    ("--steps -5", "--steps -5"), ("--ema 2", "--ema 2"), ("--omega 0.5", "--omega 0.5: must be from 1 to"),
     ("--microbatch 0", "--microbatch 0"), ("--reg-share 0.3", "--reg-share 0.3: must be 1, 1/2"),
     ("--reg-share 0.0625", "--reg-share 0.0625: .*whole images"), ("--channels 33", "--channels 33"),
     ("--mult 1,2,2,2,2", "--size 8"), ("--heads 7", "--heads 7"), ("--mult 0,1", "--mult 0,1: must be"),
-    ("--timesteps -5", "--timesteps -5: must be at least 2"), ("--attn 5", "--attn 5: the network has 8"),
+    ("--timesteps -5", "--timesteps -5: must be a whole number from 2"),
+    ("--attn 5", "--attn 5: the network has 8"), ("--attn 8,8", "--attn 8,8: must be different"),
+    ("--mult 1,,2", "--mult: invalid integers value: '1,,2'"), ("--heads 0", "--heads 0: must be a whole"),
+    ("--channels 0", "--channels 0: must be a whole"), ("--dropout 1", "--dropout 1.0: .* from 0 to 0.99"),
+    ("--size 0", "--size 0: must be a whole"), ("--res-blocks 99", "--res-blocks 99: .* from 1 to 32"),
+    ("--steps " + "9" * 400, "--steps 9*: must be from 1"), ("--lr nan", "--lr nan: must be positive"),
+    ("--reg-share 1.004", "--reg-share 1.004: must be 1, 1/2"),
+    ("--channels 4096 --res-blocks 9", "the network: needs more than .* MiB of memory"),
+    ("--preset lsun_bedroom --mult 1,1,2,2,4,4", "--size 8: 6 levels"),
     ("--sigma 0", "--p 0.9 --sigma 0: the one without the other corrupts nothing"),
     ("--schedule linear --timesteps 10", "--timesteps 10"),
     ("--method ambient --learn-sigma", "--method ambient: .*leave out --learn-sigma"),
@@ -482,6 +499,7 @@ def test_defaults_are_the_papers():
     ("--init nowhere.pt", "nowhere.pt: no such checkpoint"),
     ("--init TRAINED --res-blocks 2", "its res_blocks is 1, not 2"),
     ("--init TRAINED --timesteps 50", "its timesteps is 8, not 50"),
+    ("--init TRAINED --preset lsun_bedroom", "--init .*: its scale_shift is True, not False"),
     ("--out /proc/run", "cannot write /proc/run")])
 def test_train_refuses(argv, expected, shapes, trained, tmp_path, monkeypatch, capsys):
     """Each wrong flag by its name, in one line with status 2, and nothing is left behind."""
@@ -512,6 +530,79 @@ def test_train_refuses_another_run_on_the_same_folder(argv, forgotten, expected,
     assert [file.read_bytes() for file in (tmp_path / "run").iterdir()] == [before]
 
 
+def as_folder(path, trained):
+    path.mkdir()
+
+
+@pytest.mark.parametrize("file, make, expected", [
+    ("checkpoint.pt", as_folder, "--out .*checkpoint.pt: is a folder"),
+    ("log.jsonl", as_folder, "--out .*log.jsonl: is a folder"),
+    ("samples-00000004.png", as_folder, "--out .*samples-00000004.png: is a folder"),
+    ("checkpoint.pt", lambda path, _: path.symlink_to("/gone/c.pt"), "is a link to /gone/c.pt, which is not"),
+    ("checkpoint-previous.pt", lambda path, trained: shutil.copy(trained / "checkpoint.pt", path),
+     "holds checkpoint-previous.pt and no checkpoint.pt: rename it"),
+    ("checkpoint.pt", lambda path, trained: torch.save(unet.load_checkpoint(trained)["ema"], path),
+     "checkpoint.pt: is a model and no run that can go on")])
+def test_train_refuses_a_folder_that_it_cannot_use(file, make, expected, shapes, trained, tmp_path):
+    """Before the work: catches a run that starts anew over what is there, or fails at its first save."""
+    (tmp_path / "run").mkdir()
+    make(tmp_path / "run" / file, trained)
+    with pytest.raises(UserError, match=expected):
+        train.main(flags(shapes, tmp_path / "run", "--steps", 4))
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [file]
+
+
+def test_what_the_machine_cannot_do_is_said_before_the_work(shapes, tmp_path, monkeypatch):
+    """No compiler, a disk for less than three checkpoints: catches hours of work that cannot be kept."""
+    def no_compiler(function):
+        raise RuntimeError("No working C++ compiler found\nand more")
+
+    argv = flags(shapes, tmp_path / "run", "--steps", 1)
+    monkeypatch.setattr(torch, "compile", no_compiler)
+    with pytest.raises(UserError, match="--compile: torch.compile does not work here .No working C"):
+        train.main([*argv, "--compile"])
+    usage = shutil.disk_usage(tmp_path)
+    model = 4 * sum(p.numel() for p in unet.UNet(8, 32, 1, (1,), (8,), 2).parameters())
+    for free, fits in ((11.9 * model, False), (12.1 * model, True)):
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=int(free)))
+        with contextlib.nullcontext() if fits else pytest.raises(UserError, match="--out .* MiB are needed"):
+            train.main(argv)
+        assert (tmp_path / "run").exists() == fits
+
+
+def test_flags_without_an_effect_are_said(shapes, tmp_path, capsys):
+    """Only those that were given: catches one that is ignored without a word, and noise about the others."""
+    for argv, expected in (
+            (["--method", "ddpm", "--lam", "0.3", "--balance", "--flags", "conf1"],
+             {"--lam", "--balance", "--flags"}), (["--method", "ambient", "--omega", "2"], {"--omega"}),
+            (["--p", "0", "--sigma", "0", "--data-seed", "0"], {"--data-seed"}), ([], set())):
+        train.arguments(flags(shapes, tmp_path, *argv))
+        said = capsys.readouterr().err.splitlines()
+        assert {line.split(" has no effect ")[0] for line in said} == expected and len(said) == len(expected)
+
+
+def test_a_run_goes_on_without_its_init(shapes, trained, tmp_path, monkeypatch):
+    """The file that fine-tuning began from has gone, or its path is written in another way: the run's own
+    checkpoint holds all, to the bit. Another file, or none, is another run."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(trained, "first")
+    tuned = flags(shapes, "run", *DDPM, "--init", "first")
+    bare = [*tuned[:tuned.index("--channels")], *tuned[tuned.index("--size"):]]     # the file says the rest
+    train.main([*bare, "--out", "whole", "--steps", "2"])
+    train.main([*bare, "--steps", "1"])
+    for other in ("second", None):
+        with pytest.raises(UserError, match=f"init was first and is now {other}"):
+            more = ["--steps", "2"] + (["--init", other] if other else [])
+            train.main([*tuned[:tuned.index("--init")], *more])
+    Path("first").rename("moved")
+    with pytest.raises(UserError, match="channels was 32 and is now 64"):
+        train.main([*bare, "--steps", "2", "--channels", "64"])
+    train.main([*bare, "--steps", "2", "--init", str(tmp_path / "first")])
+    assert_same(tensors(Path("run")), tensors(Path("whole")))
+    with pytest.raises(UserError, match="first: no such checkpoint"):
+        train.main([*bare, "--out", "fresh"])
+
+
 def test_train_refuses_rows_that_do_not_divide(shapes, tmp_path, monkeypatch):
     """Three processes and a batch of 8, four and a quarter of it: catches a model that depends on their
     number."""
@@ -530,12 +621,13 @@ def flipped(whole):
 
 
 @pytest.mark.parametrize("damage", [flipped, lambda whole: whole[:len(whole) // 2], lambda whole: b""])
-def test_damaged_checkpoints_are_named(damage, shapes, tmp_path):
+def test_damaged_checkpoints_are_named(damage, shapes, trained, tmp_path):
     """Never a fresh start, never wrong weights: one bit flipped, a file cut, an empty one; the file before is
     kept."""
-    path = tmp_path / "run" / "checkpoint.pt"
+    path, whole = tmp_path / "run" / "checkpoint.pt", unet.load_checkpoint(trained)
+    whole["model"]["out.2.bias"].fill_(500)
     for step in (1, 2):
-        unet.save_checkpoint(path, dict(config={}, step=step, model={"w": torch.arange(1000.0)}, ema={}))
+        unet.save_checkpoint(path, whole | dict(step=step))
     assert unet.load_checkpoint(tmp_path / "run")["step"] == 2
     assert unet.load_checkpoint(tmp_path / "run" / "checkpoint-previous.pt")["step"] == 1
     path.write_bytes(damage(path.read_bytes()))
@@ -552,14 +644,105 @@ class Evil:
         return Path.touch, (Path("executed"),)
 
 
+def archive(*names):
+    """The bytes of a zip archive with empty members."""
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w") as file:
+        for name in names:
+            file.writestr(name, b"")
+    return content.getvalue()
+
+
 @pytest.mark.parametrize("content, expected", [
-    ({"config": Evil()}, "damaged, truncated or not a PyTorch checkpoint"),
-    ({"weights": torch.zeros(1)}, "neither a checkpoint of train.py nor an improved-diffusion state dict"),
-    (torch.zeros(1), "neither")])
+    ({"config": Evil()}, "it holds Python objects .*could run code and were not loaded; save its state_dict"),
+    (torch.nn.Linear(1, 1), "it holds Python objects .torch.nn.modules.linear.Linear."),
+    (pickle.dumps({"a": 1}), "is a pickle, which could run code and was not loaded"),
+    (b"\x40\0\0\0\0\0\0\0" + b'{"weight":{}}', "is a .safetensors file; .* write that with torch.save"),
+    (archive("m/data.pkl", "m/constants.pkl"), "is a TorchScript archive; write its state_dict"),
+    (archive("arr_0.npy"), "is a zip archive that torch.save did not write"),
+    (b"version https://git-lfs.github.com/spec/v1", "is a pointer of Git LFS"),
+    (b"<!DOCTYPE html>", "is a page of HTML"), (b"GIF89a", "damaged, truncated or not a PyTorch checkpoint"),
+    ({"conv_in.weight": torch.zeros(1)}, "neither a checkpoint of train.py nor .*begins with 'conv_in.w"),
+    ({"model": {"model": {}}}, "neither"), (torch.zeros(1), "neither"), ([1], "neither")])
 def test_foreign_files_are_refused(content, expected, tmp_path, monkeypatch):
-    """A pickle is not executed; a file of something else is called that."""
+    """A pickle is not executed; a file of something else is called that, and what is needed."""
     monkeypatch.chdir(tmp_path)
-    torch.save(content, "some.pt")
-    with pytest.raises(UserError, match=f"some.pt: {expected}"):
+    if isinstance(content, bytes):
+        Path("some.pt").write_bytes(content)
+    else:
+        torch.save(content, "some.pt")
+    with pytest.raises(UserError, match=f"some.pt: {expected}") as refused:
         unet.load_checkpoint("some.pt")
-    assert not Path("executed").exists()
+    assert "\n" not in str(refused.value) and not Path("executed").exists()
+
+
+PART = "out.2.bias"
+
+
+@pytest.mark.parametrize("keys, value, expected", [
+    (["step"], -1, "its step -1: must be a whole number"), (["step"], "1\n2", "its step 1 2: must be"),
+    (["ema_updates"], None, "its ema_updates None"), (["config"], [], "its config has no group 'network'"),
+    (["config", "training"], 3, "its config has no group 'training'"),
+    (["config", "network", "heads"], 0, "its heads 0: must be a whole number from 1 to 4096"),
+    (["config", "network", "heads"], 5, "heads 5: does not divide the widths"),
+    (["config", "network", "channels"], 4096, "do not fit the network: time_embed.0.weight of its model is "),
+    (["config", "network", "mult"], "11", "its mult 11: must be 1 to 12 integers"),
+    (["config", "network", "in_channels"], 6, "its in-channels 6: must be 3"),
+    (["config", "network", "other"], 1, "its config's group 'network' has a 'other'"),
+    (["config", "network", "dropout"], math.nan, "its dropout nan: must be a number"),
+    (["config", "process", "schedule"], ["linear"], "its schedule .*must be linear or cosine"),
+    (["config", "process", "timesteps"], 10**12, "its timesteps 1000000000000: must be"),
+    (["config", "data", "low"], 2.0, "its low 2.0 is not below its high 1.0"),
+    (["config", "data", "seen"], torch.zeros(1), "its config is more than plain values"),
+    (["ema"], [1], "its ema is no dict of tensors"), (["ema"], {}, "time_embed.0.weight of its ema is missi"),
+    (["model", PART], torch.zeros(()), f"{PART} of its model is .. and has to be .3,."),
+    (["ema", PART], 3, f"{PART} of its ema is no tensor"),
+    (["ema", PART], torch.zeros(3, dtype=torch.int64), f"{PART} of its ema is no tensor of floating"),
+    (["ema", PART], torch.zeros(3, device="meta"), f"{PART} of its ema is no tensor of floating"),
+    (["ema", PART], torch.zeros(1).expand(10**6, 10**6), "its ema is larger than the file"),
+    (["ema", PART], torch.full((3,), math.nan), f"{PART} of its ema holds values that are not finite"),
+    (["optimizer"], [], "its optimizer lacks AdamW's step of parameter 0"),
+    (["optimizer", "state", 3, "exp_avg"], torch.zeros(1), "optimizer lacks AdamW's exp_avg of parameter 3")])
+def test_checkpoints_are_checked_before_use(keys, value, expected, trained, tmp_path):
+    """A checkpoint of ours with one thing wrong inside: one line that names it, in little memory, for every
+    script. Catches library errors, and weights or settings that are taken as they come."""
+    checkpoint = torch.load(trained / "checkpoint.pt", weights_only=True)
+    *path, last = keys
+    functools.reduce(dict.__getitem__, path, checkpoint)[last] = value
+    torch.save(checkpoint, tmp_path / "checkpoint.pt")
+    with pytest.raises(UserError, match=f"checkpoint.pt: .*{expected}") as refused:
+        unet.load_checkpoint(tmp_path)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("change, expected", [
+    ({"label_emb.weight": torch.zeros(10, 128)}, "has label_emb.weight, .*class-conditional"),
+    ({unet.FIRST: torch.zeros(32, 6, 3, 3)}, "its in-channels 6: must be 3"),
+    ({unet.FIRST: torch.zeros(0, 3, 3, 3)}, "not an improved-diffusion U-Net"),
+    ({unet.FIRST: torch.zeros(())}, "not an improved-diffusion U-Net"),
+    ({"input_blocks.2.0.x": torch.zeros(1)}, "not an improved-diffusion U-Net: it has no input_blocks.2.0"),
+    ({"step": 3}, "step of its state dict is no tensor"), ({"more": torch.zeros(1)}, "state dict has more,")])
+def test_other_networks_are_refused(change, expected, trained, tmp_path):
+    """A public state dict of another architecture: one line, where network_of met a KeyError or a division by
+    zero."""
+    torch.save(unet.load_checkpoint(trained)["ema"] | change, tmp_path / "public.pt")
+    with pytest.raises(UserError, match=f"public.pt: .*{expected}"):
+        unet.load_checkpoint(tmp_path / "public.pt")
+
+
+def before(prefix, weights):
+    """The weights with a prefix before their names."""
+    return {prefix + name: tensor for name, tensor in weights.items()}
+
+
+@pytest.mark.parametrize("wrap, expected", [
+    (lambda w: before("_orig_mod.", w), "of 88 of 88 names, those with '_orig_mod.'"),
+    (lambda w: before("module.", w) | {"n_averaged": torch.tensor(3)}, "of 88 of 89 names"),
+    (lambda w: {"epoch": 3, "state_dict": before("model.", w)}, "under 'state_dict', of 88 of 88 names"),
+    (lambda w: {"model": {}, "ema": w}, "under 'ema'")])
+def test_wrapped_state_dicts_are_taken_out(wrap, expected, trained, tmp_path, capsys):
+    """As torch.compile, DataParallel and others save them, and it is said. Catches the wrong one taken."""
+    weights = unet.load_checkpoint(trained)["ema"]
+    torch.save(wrap(weights), tmp_path / "public.pt")
+    assert_same(unet.load_checkpoint(tmp_path / "public.pt"), weights)
+    assert f"public.pt: takes the state dict {expected}" in capsys.readouterr().out
