@@ -36,6 +36,7 @@ from common import (Progress, UserError, all_sum, atomic_write, check_out, check
                     together, write_json)
 from data import (Images, Source, array_header, array_source, check_range, check_regular, files_told,
                   image_members, is_deep, open_image, reading, steps, to_bytes)
+from gaussian import predicted
 
 RESIZE = {"inception": "TF1 bilinear to 299", "pixels": "box to 8"}
 DIMENSIONS = {"inception": 2048, "pixels": 192}
@@ -668,6 +669,9 @@ def describe(result):
         percentiles = " ".join(f"{value:.4g}" for value in result["rho_percentiles"].values())
         text += [f"rho {result['rho_mean']:.4g} (5/25/50/75/95 %: {percentiles})",
                  f"PSNR {result['psnr']:.4g} dB", f"variance kept {result['variance_kept']:.4g}"]
+    if found := result.get("closed_form"):
+        text.append(f"closed form ({found['closed_form']}): {found['value']:.4g}, rho "
+                    f"{found['rho_mean']:.4g}, PSNR {found['psnr']:.4g}, kept {found['variance_kept']:.4g}")
     if "noise_mean" in result:
         text.append(f"noise estimate {result['noise_mean']:.4g}")
     text += [f"N {result['n'] or '?'} of {result['samples']}", *told(result["protocol"]),
@@ -691,6 +695,7 @@ def evaluate(path, args, process, inception):
     if features == "exact":
         began = time.perf_counter()
         result.update(measure_subspace(samples, reference.truth, process, args.batch))
+        result["closed_form"] = predicted(reference.truth, result["protocol"])
     else:
         weights, extract = None, lambda images: (pixel_features(images), None)
         if features == "inception" and Source in (type(samples), type(reference)):

@@ -41,6 +41,7 @@ ATTACKS = ["fgsm", "pgd", "pgd as printed", "eot", "eot as printed", "noise", "d
 PERCENT = [25, 50, 75, 100]                                 # of the sampling steps
 BESIDE = {"FID": "IS", "FD-inception": "IS", "FD-exact": "ρ", "FD-pixels": "noise estimate"}
 QUALITY, NOISE_LEFT = ["distance", "beside"], ["distance", "ρ"]         # see `names_of`
+EXACT = ", closed form"                                     # after the name of a number: gaussian.py's
 DASH = "–"
 
 
@@ -199,6 +200,10 @@ def numbers_of(result):
         more = {"features": str(result["features"]), "histogram": [edges, *counts]}
     elif "metric" in result:
         numbers = {result["metric"]: result["value"]} | numbers if result["metric"] in BESIDE else {}
+        if numbers and result.get("closed_form"):
+            numbers |= {f"{names.get(key, result['metric'])}{EXACT}": value for key, value
+                        in result["closed_form"].items() if key in names or key == "value"}
+            more = {"rule": str(result["closed_form"]["closed_form"])}
     if not numbers:
         raise ValueError("no number that is known")
     for name, value in numbers.items():
@@ -259,17 +264,19 @@ def read_toy(path):
     """What toy3d.py measured and judged -> its table and figures (Markdown, files), and claims."""
     names = {"rms": "rms distance", "median": "median distance", "kept": "variance kept",
              "score_error": "error of the score"}
+    exact = {"rms": "rms, closed form", "kept": "kept, closed form"}
     with reading(path, "toy3d.py"):
         toy = load(path)
         protocol, records, claims = toy["protocol"], toy["records"], toy["claims"]
         together = list(dict.fromkeys((r["data"], r["noise"]) for r in records))
         records = sorted(records, key=lambda r: together.index((r["data"], r["noise"])))
-        rows = [[r["data"], r["name"], *(show(None if r[name][0] is None else r[name]) for name in names)]
+        rows = [[r["data"], r["name"], *(show(None if r[name][0] is None else r[name]) for name in names),
+                 *(show(r["closed_form"] and (r["closed_form"][name], None)) for name in exact)]
                 for r in records]
         text = ("{}. Scale: {steps:,} steps of {batch} points, {num_samples} samples, {seeds} seed(s), ± "
                 "their sample deviation{}.\n\n{}").format(
             path.stem, ", balanced" if protocol["balance"] else "",
-            markdown(["data", "configuration", *names.values()], rows), **protocol)
+            markdown(["data", "configuration", *names.values(), *exact.values()], rows), **protocol)
         claims_table(claims)                                # whether they are what `judge` gives
         Counter(c["verdict"].split(" (")[0] for c in claims)
         figures = [path.with_name(Path(name).stem + ".png") for name in protocol["figures"]]
@@ -345,11 +352,15 @@ def table(records, names, labels, rows, numbers=QUALITY):
     for data in [dict(data=name) for name in names if "distance" in numbers]:
         known = [n for n in ("FID", "IS") if any(paper(n, where | data) for where in wheres)]
         theirs += [(data, known)] if known else []
-    header = [f"{whose} ({' / '.join(known)}, {label_of(data)})"
-              for whose, sets in (("ours", ours), ("paper", theirs)) for data, known in sets]
+    exact = [(data, [f"{n}{EXACT}" for n in known]) for data, known in ours]
+    exact = [(data, known) for data, known in exact
+             if {*known} & {name for r in matching(records, data) for name in r}]
+    header = [f"{whose} ({' / '.join(known)}, {label_of(data)})".replace(EXACT, "")
+              for whose, sets in (("ours", ours), ("closed form", exact), ("paper", theirs))
+              for data, known in sets]
     lines = []
     for texts, where in rows:
-        line = [joined(show(cell(records, n, where | data)) for n in known) for data, known in ours]
+        line = [joined(show(cell(records, n, where | data)) for n in known) for data, known in ours + exact]
         line += [joined(plain(paper(n, where | data)) for n in known) for data, known in theirs]
         lines.append([*texts, *line])
         used += [r for data, known in ours for r in matching(records, where | data) if {*known} & {*r}]
@@ -449,6 +460,16 @@ def judge(claim, place, shown, rule, margin, cells):
             verdict += " (within the seeds' spread)"
     return dict(claim=claim, place=place, shown=shown, rule=rule, values=means, deviations=deviations,
                 verdict=verdict)
+
+
+def at_optimum(shown, found, predicted):
+    """Whether training has reached what gaussian.py says of the method: found, a cell, against one number ->
+    as `judge`."""
+    rule = "|a − b| < b / 20, or a's deviation over seeds"
+    spread = max(predicted / 20, (found and found[1]) or 0)
+    cells = [found and (found[0], None, found[2]), (predicted, None, 1)]
+    return judge("training is at the method's optimum", "closed form", shown, rule,
+                 lambda a, b: spread - abs(a - b), cells) | dict(deviations=[found and found[1], None])
 
 
 def claim(results, text, place, numbers, rule, *wheres):
@@ -830,6 +851,26 @@ def price(results):
         text + "Displacement: by FGSM on all steps, rms a pixel." if text else "Not measured yet.")
 
 
+def optimum(results):
+    """Networks on subspace data beside what gaussian.py says of the method: how far their training came."""
+    numbers, names = ("FD-exact", "ρ", "variance kept"), ("data", "size", "noise", "method", "lam", "tuned",
+                                                          "sampler", "steps", "rule")
+    found = [r for r in results.records if "rule" in r and not r["attack"]]
+    rows = []
+    for way in dict.fromkeys(tuple(r[name] for name in names) for r in found):
+        where = dict(zip(names, way))
+        pairs = [(cell(found, n, where), cell(found, n + EXACT, where)) for n in numbers]
+        model = METHODS[where["method"]] + (f", λ {where['lam']}" if where["lam"] else "") + (
+            ", fine-tuned" if where["tuned"] else "")
+        rows.append([label_of(where), where["noise"], model, f"{where['sampler'].upper()} {where['steps']}",
+                     *(f"{show(ours)} ({show(form)})" for ours, form in pairs), where["rule"]])
+        results.claims.append(at_optimum(", ".join([*rows[-1][:4], numbers[0]]), pairs[0][0], pairs[0][1][0]))
+    header = ["data", "training data", "model", "sampling", *(f"{n} (closed form)" for n in numbers), "rule"]
+    return "The closed form (beyond the paper): how near training is to the method's optimum", (
+        f"{scale(found)} What is far from it is a training to be mended, and no fact about the method.\n\n"
+        f"{markdown(header, rows)}" if rows else "Not measured yet.")
+
+
 def scatter(results, tail, title, header, rows):
     """Every number of `price` over the cost of a step. -> the link, or ""."""
     if not results.plt:
@@ -854,7 +895,7 @@ def scatter(results, tail, title, header, rows):
 
 TABLES = {one.__name__: one for one in (
     toy3d, fig3, table1_top, table1_bottom, table2, cost, invariance, samples, fig6, fig7, fig8, fig24,
-    table4, table5, price)}
+    table4, table5, optimum, price)}
 
 
 def origin(args):

@@ -32,7 +32,8 @@ import beyond
 from attack import attacked_steps, fgsm, gradient_of, random_signs
 from common import (Progress, UserError, check_out, check_ranges, command_line, generator, image_noise,
                     parser_of, pyplot, save_figure, write_json)
-from report import LESS, METHODS, judge, show
+from gaussian import predicted_plane
+from report import LESS, METHODS, at_optimum, judge, show
 from sample import reverse_step, sample
 from train import draw, lambda_t, radius, training_loss
 from unet import Schedule, at, timestep_embedding
@@ -378,15 +379,28 @@ def cell(values):
     return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None, len(values)
 
 
+def closed_form(setup):
+    """What gaussian.py says of a setup's network at its optimum -> `rms` and `kept` of `errors`; None where
+    it says nothing: a mixture of Gaussians, outliers, invariance."""
+    d = distribution(setup.data)
+    if len(d.means) > 1 or setup.noise == "outlier" or setup.method == "inv":
+        return None
+    noise = INLIER_P * INLIER_SIGMA**2 if setup.noise == "inlier" else 0.0
+    regulariser = {name: getattr(setup, name) for name in ("method", "lam", "lam_units", "omega")}
+    return predicted_plane(d.covariance.numpy(), d.inside.numpy(), d.scale, noise,
+                           Schedule.named("linear", T), **regulariser)
+
+
 def summary(setups, results, sweep):
     """A record, a dict, for every configuration: its setup with the number of seeds for the seed, the `name`
-    by which CLAIMS know it, and a `cell` for each of COLUMNS."""
+    by which CLAIMS know it, a `cell` for each of COLUMNS, and its `closed_form`."""
     name = {None: "{noise} {method}", "lam": "{noise} {lam_units} {lam:g}",
             "omega": "{noise} omega {omega:g}", "reg_share": "{noise} share {reg_share:g}"}[sweep]
     of_seeds = {}
     for setup, (numbers, _, _) in zip(setups, results):
         of_seeds.setdefault(setup._replace(seed=None), []).append(numbers)
-    return [setup._asdict() | dict(seed=len(numbers), name=name.format(**setup._asdict()))
+    return [setup._asdict() | dict(seed=len(numbers), name=name.format(**setup._asdict()),
+                                   closed_form=closed_form(setup))
             | {key: cell([own[key] for own in numbers]) for key in COLUMNS}
             for setup, numbers in of_seeds.items()]
 
@@ -400,6 +414,9 @@ def claims_of(records):
         if all(name in cells for name in names) and not one_mode:
             shown = f"{data}, {COLUMNS[key]}: {', '.join(names)}"
             found.append(judge(claim, place, shown, *rule, [cells[name] for name in names]))
+    for r, (key, title) in itertools.product(records, dict(rms="rms", kept="variance kept").items()):
+        if r["name"] == f"{r['noise']} {r['method']}" and r["closed_form"] and r["closed_form"][key] > 1e-3:
+            found.append(at_optimum(f"{r['data']}, {title}: {r['name']}", r[key], r["closed_form"][key]))
     return found
 
 
@@ -533,6 +550,9 @@ def draw_sweep(path, records, sweep, plt):
             rms = np.array([r["rms"] for r in inlier], dtype=float)
             ax.errorbar(kept[:, 0], rms[:, 0], rms[:, 1], kept[:, 1], fmt=style, capsize=2,
                         label=f"R in units of {units}")
+            exact = [(a["closed_form"]["kept"], b["closed_form"]["rms"]) for a, b in zip(clean, inlier)
+                     if a["closed_form"]]
+            ax.plot(*zip(*exact), "x:", color="grey", label=f"closed form, {units}", zorder=0)
             for x, y, r in zip(kept[:, 0], rms[:, 0], clean):
                 ax.annotate(f"{r[sweep]:g}", (x, y), textcoords="offset points", xytext=(4, 4), fontsize=8)
     varied = dict(lam="λ", omega="ω", reg_share="share regularised")[sweep]
@@ -614,8 +634,10 @@ def main(argv=None):
                     figures=[path.name for path in figures])
     write_json(args.out / f"{name}.json", dict(protocol=protocol, records=records, claims=claims))
 
-    print_table([["data", "configuration", *COLUMNS.values()]]
-                + [[r["data"], r["name"], *(text_of(r[key]) for key in COLUMNS)] for r in records])
+    exact = dict(rms="closed form: rms", kept="variance kept")
+    print_table([["data", "configuration", *COLUMNS.values(), *exact.values()]] + [
+        [r["data"], r["name"], *(text_of(r[key]) for key in COLUMNS),
+         *(show(r["closed_form"] and (r["closed_form"][key], None)) for key in exact)] for r in records])
     if claims:
         print_table([["claim", "paper", "data, number: a, b", "rule", "a, b", "verdict"]] + [
             [c["claim"], c["place"], c["shown"], c["rule"],

@@ -372,7 +372,7 @@ def test_memorisation_and_toy(tmp_path):
                         [(0.5, 0.0, 3), (0.75, 0.1, 3)])
     record = dict(data="oblique-plane", noise="inlier", method="adv", seed=3, name="inlier adv",
                   rms=[0.0784, 0.005, 3], kept=[0.9, 0.01, 3], median=[None, None, 3],
-                  score_error=[0.3, 0.02, 3])
+                  score_error=[0.3, 0.02, 3], closed_form=dict(rms=0.0812, kept=0.882))
     (tmp_path / "runs/toy").mkdir()
     (tmp_path / "runs/toy/fig2a.png").write_bytes(b"picture")
     (tmp_path / "runs/toy/toy3d.json").write_text(json.dumps(dict(
@@ -383,10 +383,28 @@ def test_memorisation_and_toy(tmp_path):
     assert "(the paper: DINOv2): pixels." in section(text, "Fig. 6 left")
     assert claims["adv memorises less, clean data", f"{SUBSPACE}, share ≥ 0.9"] == ("0.125, 0.250", "holds")
     found = cells(text, "oblique-plane", "inlier adv")
-    assert found == ["0.0784 ± 0.00500", "–", "0.900 ± 0.0100", "0.300 ± 0.0200"]
+    assert found == ["0.0784 ± 0.00500", "–", "0.900 ± 0.0100", "0.300 ± 0.0200", "0.0812", "0.882"]
     assert claims["invariance diverges", "plane, rms"] == ("0.500 ± 0, 0.750 ± 0.100", "does not hold")
     assert (tmp_path / "out/fig2a.png").read_bytes() == b"picture"
     assert "](fig2a.png)" in text and "lost" not in text
+
+
+def test_closed_form_beside_what_was_measured(tmp_path):
+    """Catches a prediction in another row or column, one that is averaged with what was measured, and the
+    rule for an optimum that is reached: within 5 %, or within the seeds' deviation."""
+    form = dict(value=2.0, rho_mean=0.5, psnr=30.0, variance_kept=0.75, closed_form="exact")
+    for seed, distance in ((0, 2.0), (1, 2.5)):             # 2.25 ± 0.354 beside 2
+        write_score(tmp_path / f"runs/adv{seed}", configuration(p=1.0, seed=seed),
+                    **exact(distance, 0.625) | dict(closed_form=form))
+    write_score(tmp_path / "runs/ddpm", configuration("ddpm", p=1.0),
+                **exact(8.5, 3.0) | dict(closed_form=form | dict(value=8.0)))
+    text, claims = write_report(tmp_path / "runs", "--tables", "optimum")
+    shown = section(text, "The closed form"), "subspace 4×4", "100 % with σ 0.2"
+    assert cells(*shown, "Robust_adv, λ 0.3", "DDPM 100") == [
+        "2.25 ± 0.354 (2.00 ± 0)", "0.625 ± 0 (0.500 ± 0)", "1.00 ± 0 (0.750 ± 0)", "exact"]
+    assert cells(*shown, "DDPM", "DDPM 100")[0] == "8.50 (8.00)"
+    reached = {name[1].split(", ")[2]: verdict for name, (_, verdict) in claims.items()}
+    assert reached == {"Robust_adv": "holds", "DDPM": "does not hold"}
 
 
 # ---------------------------------------------------------------------------------------------- pictures

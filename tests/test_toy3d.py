@@ -268,7 +268,9 @@ def test_summary_over_seeds():
 
 def record(name, data=PLANE, **numbers):
     """A configuration whose numbers are all 1 but those given."""
-    return dict.fromkeys(toy3d.COLUMNS, (1.0, 0.0, 3)) | dict(data=data, name=name) | numbers
+    noise, method = name.split()
+    return dict.fromkeys(toy3d.COLUMNS, (1.0, 0.0, 3)) | dict(
+        data=data, name=name, noise=noise, method=method, closed_form=None) | numbers
 
 
 def test_claims():
@@ -296,6 +298,10 @@ def test_claims():
         assert verdicts("smallest_mode", record("clean ddpm", MODES), fewer) == {
             "on clean data adv loses no mode": verdict}
     assert verdicts("smallest_mode", record("clean ddpm"), record("clean adv")) == {}       # it has one mode
+    for mean, deviation, verdict in ((0.104, 0.0, "holds"), (0.106, 0.0, "does not hold"),
+                                     (0.106, 0.01, "holds")):
+        reached = record("inlier adv", rms=(mean, deviation, 3), closed_form=dict(rms=0.1, kept=0.0))
+        assert list(verdicts("rms", reached).values()) == [verdict]
 
 
 # ------------------------------------------------------------------------------------------- the command line
@@ -320,13 +326,27 @@ def strict(path):
     return json.loads(path.read_text(), parse_constant=refuse)
 
 
+def test_closed_form_of_a_setup():
+    """Catches other data, noise or settings than the network's own, and an answer where there is none; the
+    numbers are those that THEORY.md measured, to 5 %."""
+    def form(**change):
+        return toy3d.closed_form(SETUPS[0]._replace(data=PLANE, noise="inlier", method="adv", **change))
+
+    assert form() == pytest.approx(dict(rms=0.0812, kept=0.882), rel=0.005)     # measured 0.077, 0.878
+    assert form(lam=0.1)["rms"] == pytest.approx(0.174, rel=0.01)               # measured 0.159
+    assert form(omega=4.0)["rms"] == pytest.approx(0.0964, rel=0.01)            # measured 0.085
+    assert form(lam_units="eps")["rms"] > 0.2
+    for change in (dict(data=MODES), dict(noise="outlier"), dict(method="inv")):
+        assert toy3d.closed_form(SETUPS[0]._replace(**dict(data=PLANE) | change)) is None
+
+
 def test_everything(short_process, tmp_path, capsys):
     """Catches a run whose records, claims or figures are incomplete, or that report.py does not read."""
     pytest.importorskip("matplotlib")
     figures = {f"{name}.png" for name in ("fig2a", "fig2b", "fig2c", "fig6-right", "fig10", "fig11")}
     assert toy(tmp_path) == {"toy3d.json"} | figures        # after three steps many a number is not finite
     found = strict(tmp_path / "toy3d.json")
-    assert len(found["records"]) == 2 * 3 * 4 and len(found["claims"]) == 27
+    assert len(found["records"]) == 2 * 3 * 4 and len(found["claims"]) == 27 + 9
     assert set(found["protocol"]["figures"]) == figures
     protocol = dict(steps=3, batch=16, num_samples=16, seeds=1, balance=False, sweep=None, device="cpu")
     assert protocol.items() <= found["protocol"].items()
