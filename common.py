@@ -104,7 +104,10 @@ def command_line(main):
             who = f"process {os.environ['RANK']}: "
         message = " ".join(str(error).splitlines())         # a file's name may have a newline
         print(f"{Path(sys.argv[0]).name}: error: {who}{message}", file=sys.stderr)
-    except (MemoryError, torch.OutOfMemoryError) as error:
+    except (MemoryError, RuntimeError) as error:            # torch's, on a CPU, is a plain RuntimeError
+        if (isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError)
+                and "can't allocate memory" not in str(error)):
+            raise
         status = 2
         print(f"{Path(sys.argv[0]).name}: error: out of memory: try a smaller --batch, or train.py's "
               f"--microbatch ({' '.join(str(error).split())[:150]})", file=sys.stderr)
@@ -143,7 +146,7 @@ def check_ranges(args, **ranges):
     """
     for name, (low, high) in ranges.items():
         value = getattr(args, name)
-        if value is not None and not (low <= value <= high and math.isfinite(value)):
+        if value is not None and not (low <= value <= high and abs(value) < math.inf):
             wanted = f"from {low:g} to {high:g}" if high < math.inf else f"at least {low:g}"
             raise UserError(f"--{name.replace('_', '-')} {value}: must be "
                             f"{'positive' if (low, high) == POSITIVE else wanted}")
@@ -205,7 +208,7 @@ def locked(file, message, wait=False):
             file.parent.mkdir(parents=True, exist_ok=True)
             lock = open(file, "ab")
         except OSError as error:
-            raise UserError(f"cannot write {file.parent}: {error.strerror}") from error
+            raise UserError(f"cannot write {file}: {error.strerror}") from error
         if not _take(lock):
             if not wait:
                 lock.close()

@@ -831,8 +831,8 @@ def _arguments(argv):
                            components=linear).items():
         if getattr(args, flag) is not None and not fits:
             raise UserError(f"--{flag.replace('_', '-')} is not for {name}")
-    largest = 32 if linear else math.inf                    # PCA takes a matrix of (3 size^2)^2 numbers
-    check_ranges(args, size=(1, largest), num_samples=(1, math.inf), seed=(0, math.inf),
+    largest = 32 if linear else 10**5                       # PCA takes a matrix of (3 size^2)^2 numbers
+    check_ranges(args, size=(1, largest), num_samples=(1, 10**12), seed=(0, math.inf),
                  components=(1, math.inf), workers=(1, 256))
     if name not in SIZES and not (args.src and args.size):
         raise UserError(f"{name!r} is none of {', '.join(SIZES)}; a set of your own needs --src and --size")
@@ -883,9 +883,14 @@ def _is_there(settings, folder):
     return True
 
 
+def _lock_of(path):
+    """The file that is there while a process is in `_one_at_a_time` for a path."""
+    return path.with_name(f".{path.name}.lock")
+
+
 def _one_at_a_time(path):
     """Other processes that come here for the same path wait until this one has left."""
-    return locked(path.with_name(f".{path.name}.lock"), f"waiting for another process, which prepares {path}",
+    return locked(_lock_of(path), f"waiting for another process, which prepares {path}",
                   wait=True)
 
 
@@ -927,12 +932,15 @@ def main(argv=None):
     """Prepares one data set, unless it is there with the same settings."""
     args = _arguments(argv)
     settings = _settings(args)
+    array, info, truth = prepared_files(settings["name"], args.size, args.out)
     if _is_there(settings, args.out):
+        if _lock_of(array).exists():                    # left by one that was killed, or is at its end
+            with contextlib.suppress(UserError, OSError), _one_at_a_time(array):    # the folder is read-only
+                pass
         return
     if args.name in BY_HAND and not args.src:
         raise UserError(f"{args.name} cannot be downloaded by a script. Get {BY_HAND[args.name]}; then run "
                         f"python data.py {args.name} --src FOLDER_OR_ARCHIVE")
-    array, info, truth = prepared_files(settings["name"], args.size, args.out)
     for path in (array, info):
         check_out(path)
     with _one_at_a_time(array):

@@ -14,6 +14,7 @@ import common                                               # first: it answers 
 
 import argparse
 import contextlib
+import io
 import json
 import math
 import os
@@ -29,10 +30,11 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from checkpoints import check_disk, check_memory, load_model
 from common import (NOISE_BLOCK, Progress, UserError, as_bytes, atomic_write, check_out, check_ranges,
                     command_line, image_noise, is_first_process, locked, noise_estimate, parser_of,
                     protocol_in, save_grid, sha256_of, start_processes)
-from unet import at, check_disk, check_memory, expand, in_bfloat16, load_model
+from unet import at, expand, in_bfloat16
 
 PATIENCE = 600          # seconds that a process waits for another without a sign of life
 HEARTBEAT = 5           # seconds between the signs of life of one that others wait for
@@ -356,8 +358,10 @@ class Shards:
         if measures:
             with atomic_write(self.path(k).with_suffix(".json")) as temporary:
                 temporary.write_text(json.dumps(measures))
-        with atomic_write(self.path(k)) as temporary, open(temporary, "wb") as file:
-            np.save(file, images)
+        content = io.BytesIO()                  # into a file np.save writes by C's stdio, deaf to a full disk
+        np.save(content, images)
+        with atomic_write(self.path(k)) as temporary:
+            temporary.write_bytes(content.getbuffer())
 
     def signs_of_life(self):
         """Something that changes when a process writes a shard or is alive."""

@@ -20,6 +20,7 @@ import common
 import sample
 import train
 import unet
+from checkpoints import network_of
 from common import UserError, generator, image_noise
 from data import Images
 from unet import PRESETS, Schedule, UNet
@@ -124,7 +125,7 @@ def test_architecture_is_read_off_a_bare_state_dict(preset, size):
     learn_sigma = preset == "cifar10"
     with torch.device("meta"):
         state = UNet(size=size, learn_sigma=learn_sigma, **PRESETS[preset]).state_dict()
-    found = unet.network_of(state, size, PRESETS[preset]["heads"])
+    found = network_of(state, size, PRESETS[preset]["heads"])
     expected = dict(size=size, in_channels=3, scale_shift=True, learn_sigma=learn_sigma) | PRESETS[preset]
     assert found == {k: v for k, v in expected.items() if k != "dropout"}
 

@@ -31,13 +31,14 @@ import torch
 import torch.distributed as dist
 
 import beyond
+from checkpoints import (check_disk, check_memory, load_checkpoint, misfit, network_of, previous_of,
+                         save_checkpoint)
 from common import (POSITIVE, Progress, UserError, as_bytes, atomic_write, broadcast, check_out, check_ranges,
                     command_line, gather, generator, image_noise, locked, noise_estimate, parser_of,
                     save_grid, sha256_of, start_processes, stream_seed, together, write_json)
 from data import Images
 from sample import sample, say_idle, split_output
-from unet import (PRESETS, Schedule, UNet, at, check_disk, check_memory, expand, in_bfloat16, load_checkpoint,
-                  misfit, network_of, previous_of, save_checkpoint)
+from unet import PRESETS, Schedule, UNet, at, expand, in_bfloat16
 
 GRID = 36               # images of a sample grid, made with 50 DDIM steps: sample.py's of seed 0
 STREAMS = 2       # raised when a run's random numbers change: a run that another version began is not resumed
@@ -583,11 +584,14 @@ class Log:
     def __init__(self, path, step, first):
         self.first = first
         if first:
-            kept = []                                  # not what a killed run wrote after its last checkpoint
+            kept = []       # not what a killed run wrote after its last checkpoint, or of a grid not drawn
             if step and path.exists():
                 for line in path.read_text(errors="replace").splitlines():
-                    with contextlib.suppress(ValueError, TypeError, KeyError):      # half written, foreign
-                        kept += [line] if json.loads(line)["step"] <= step else []
+                    with contextlib.suppress(Exception):            # half written, foreign
+                        found = json.loads(line)
+                        picture = path.with_name(grid_name(found["step"]))
+                        drawn = found.get("event") != "grid" or picture.exists()
+                        kept += [line] if found["step"] <= step and drawn else []
             with atomic_write(path) as temporary:
                 temporary.write_text("".join(line + "\n" for line in kept))
             self.path, self.file = path, open(path, "a", buffering=1)
@@ -634,10 +638,17 @@ def grid_name(step):
     return f"samples-{step:08d}.png"
 
 
+def grid_is_due(args, step):
+    """Whether a sample grid is drawn after this step: the last, or one of --sample-every."""
+    return step >= args.steps or args.sample_every and step % args.sample_every == 0
+
+
 def draw_grid(args, trainer, log):
-    """Writes the sample grid of the step that the training is at, and says so in the log."""
-    trainer.grid(args.out / grid_name(trainer.step))
+    """Says in the log that there is a sample grid of the step that the training is at, and writes it: where
+    the picture is, the step's checkpoint and line are too. run_all.sh takes the last one for the run's end.
+    """
     log.record(step=trainer.step, event="grid", file=grid_name(trainer.step))
+    trainer.grid(args.out / grid_name(trainer.step))
 
 
 def run(args, trainer, images, assumed, log):
@@ -682,7 +693,7 @@ def run(args, trainer, images, assumed, log):
             dist.all_reduce(stopping)                       # on the CPU: all leave after the same step
         last = step == args.steps
         saving = last or bool(stopping) or step % args.save_every == 0
-        drawing = last or args.sample_every and step % args.sample_every == 0
+        drawing = grid_is_due(args, step)
         if not (saving or drawing or step % log_every == 0):
             continue
         if math.isfinite(float(broken)):
@@ -736,7 +747,9 @@ def main(argv=None):
                 write_json(args.out / "benchmark.json", result)
                 print(json.dumps(result["methods"], indent=1) + f"\nmade {args.out}/benchmark.json")
             return
-        if finished and broadcast((args.out / grid_name(start["step"])).exists()):
+        drawing = resume and grid_is_due(args, start["step"]) and broadcast(    # killed before it was drawn
+            not (args.out / grid_name(start["step"])).exists())
+        if finished and not drawing:
             if first:
                 print(f"{args.out}/checkpoint.pt is at step {start['step']} already: nothing to do (--steps "
                       f"{args.steps})")
@@ -747,14 +760,14 @@ def main(argv=None):
         del start                                           # gigabytes, of large networks
         assumed = assumed_noise(images, args.flags, args.sigma_known) if args.method == "ambient" else None
         log = together(lambda: Log(args.out / "log.jsonl", trainer.step, first))
-        if trainer.step >= args.steps:                       # killed between its last checkpoint and its grid
-            if log.first:
-                draw_grid(args, trainer, log)
-                print(f"made {args.out / grid_name(trainer.step)}: all else was there")
+        if drawing:
+            together(lambda: first and draw_grid(args, trainer, log))
+        if finished:
+            log.say(f"made {args.out / grid_name(trainer.step)}: all else was there")
             return
         log.say(describe(args, config, trainer, images, assumed))
         code = {f"{name}.py": sha256_of(Path(__file__).with_name(f"{name}.py"))[:12]
-                for name in ("train", "beyond", "unet", "sample", "data", "common")}
+                for name in ("train", "beyond", "unet", "checkpoints", "sample", "data", "common")}
         log.record(step=trainer.step, event="start", config=config, world=process.world, tf32=process.tf32,
                    device=process.device.type, torch=torch.__version__, code=code)
         run(args, trainer, images, assumed, log)

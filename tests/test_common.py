@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -15,6 +16,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import scipy.signal
+import torch
 from PIL import Image
 
 import common
@@ -54,8 +56,14 @@ def test_command_line(monkeypatch, capsys):
             common.command_line(main)
         assert leaving.value.code == status and capsys.readouterr().err == ""
         signal.signal(signal.SIGINT, before)
-    with pytest.raises(ZeroDivisionError):                  # a bug keeps its traceback
-        common.command_line(lambda: 1 / 0)
+    for bug in (lambda: 1 / 0, lambda: torch.zeros(2) @ torch.zeros(3)):       # it keeps its traceback
+        with pytest.raises((ZeroDivisionError, RuntimeError)):
+            common.command_line(bug)
+    for large in (lambda: torch.empty(2**60), lambda: np.empty(2**55)):
+        with pytest.raises(SystemExit) as leaving:
+            common.command_line(large)
+        assert leaving.value.code == 2
+        assert re.fullmatch("train.py: error: out of memory: try a smaller.*\n", capsys.readouterr().err)
 
 
 @pytest.mark.parametrize("rank, world, refused", [
@@ -143,11 +151,13 @@ def test_check_ranges():
     that names another flag or range."""
     args = SimpleNamespace(steps=0, p=1.0, lr=1e-300, seed=None)
     check_ranges(args, steps=(0, 9), p=(0, 1), lr=POSITIVE, seed=(0, 1))
+    check_ranges(SimpleNamespace(n=10**400), n=(1, np.inf))
     for flag, value, limits, expected in [
             ("steps", 0, (1, np.inf), "--steps 0: must be at least 1"), ("steps", 10, (0, 9), "from 0 to 9"),
             ("p", 1.01, (0, 1), "--p 1.01: must be from 0 to 1"), ("p", -0.01, (0, 1), "from 0 to 1"),
             ("lr", 0.0, POSITIVE, "--lr 0.0: must be positive"), ("lr", np.nan, POSITIVE, "--lr nan"),
-            ("lr", np.inf, POSITIVE, "--lr inf"), ("reg_share", 2, (0, 1), "--reg-share 2:")]:
+            ("lr", np.inf, POSITIVE, "--lr inf"), ("p", -np.inf, (-np.inf, 1), "--p -inf"),
+            ("reg_share", 2, (0, 1), "--reg-share 2:")]:
         with pytest.raises(UserError, match=expected):
             check_ranges(SimpleNamespace(**{flag: value}), **{flag: limits})
 
@@ -195,6 +205,15 @@ def test_full_disk(tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert [file.read_bytes() for file in tmp_path.iterdir()] == [b"before"]
+
+
+def test_a_lock_that_cannot_be_taken_is_named(tmp_path):
+    """Catches a message that names the folder, where a folder lies in the lock's place, or cannot be made."""
+    (tmp_path / "taken").mkdir()
+    for lock in (tmp_path / "taken", Path("/dev/null/lock")):
+        with pytest.raises(UserError, match=f"^cannot write {lock}: "):
+            with common.locked(lock, "never said"):
+                pass
 
 
 def test_write_json(tmp_path):

@@ -664,12 +664,13 @@ def sources(tmp_path_factory):
     ("cifar10 --src t.tar.gz", "data_batch_1.bin has 0 bytes"),
     ("cifar10 --split val", "train and test only"), ("mine --src good.zip", "--src and --size"),
     ("cifra10", "none of cifar10"), ("../x --src good.zip --size 8", "file name"),
-    ("shapes --num-samples 0", "--num-samples 0: must be at least 1"), ("shapes --seed -1", "--seed -1"),
+    ("shapes --num-samples 0", "--num-samples 0: must be from 1 to"), ("shapes --seed -1", "--seed -1"),
+    ("shapes --num-samples " + "9" * 400, "--num-samples 9*: must be from 1"),
     ("cifar10 --num-samples 5", "--num-samples is not for cifar10"),
     ("shapes --src good.zip", "--src is not for shapes"),
     ("shapes --components 3", "--components is not for shapes"), ("shapes --workers 0", "--workers 0"),
     ("shapes --workers 1000000", "--workers 1000000: must be from 1 to 256"),
-    ("shapes --size 0", "--size 0: must be at least 1"),
+    ("shapes --size 0", "--size 0: must be from 1 to 100000"),
     ("subspace --size 64", "--size 64: must be from 1 to 32"),
     ("subspace --components 0", "--components 0"),
     ("subspace --images butterflies", "python data.py butterflies --src"),
@@ -705,16 +706,19 @@ def test_full_disk(tmp_path, monkeypatch):
 # ---------------------------------------------------------------------------- several runs, one after another
 
 def test_same_command_again(tmp_path, capsys, monkeypatch):
-    """Catches work done twice, a lock where nothing is to be written (the folder may be read-only), other
-    settings silently answered with the old data, a run without its .json (killed between the two files) taken
-    as finished."""
+    """Catches work done twice, a lock where nothing is to be written (the folder may be read-only), or one
+    that a killed run has left and that stays, other settings silently answered with the old data, a run
+    without its .json (killed between the two files) taken as finished."""
     flags = "shapes", "--size", 8, "--out", tmp_path
     prepare(*flags, "--num-samples", 30)
     before = (tmp_path / "shapes-8.npy").stat().st_mtime_ns
     with monkeypatch.context() as patch:
         patch.setattr(common.fcntl, "flock", pytest.fail)
         prepare(*flags, "--num-samples", 30)
-    assert (tmp_path / "shapes-8.npy").stat().st_mtime_ns == before and "is there" in capsys.readouterr().out
+    (tmp_path / ".shapes-8.npy.lock").touch()
+    prepare(*flags, "--num-samples", 30)
+    assert (tmp_path / "shapes-8.npy").stat().st_mtime_ns == before
+    assert capsys.readouterr().out.count("is there") == 2 and len(os.listdir(tmp_path)) == 2
     with pytest.raises(UserError, match="count 30, now 31; seed 0, now 2: delete"):
         prepare(*flags, "--num-samples", 31, "--seed", 2)
     (tmp_path / "shapes-8.json").unlink()

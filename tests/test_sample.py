@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import re
+import resource
 import shutil
 import threading
 import time
@@ -20,6 +21,7 @@ from PIL import Image
 
 import sample
 import unet
+from checkpoints import load_checkpoint, save_checkpoint
 from common import UserError, as_bytes, command_line, image_noise, locked
 
 NETWORK = dict(size=8, in_channels=3, channels=32, res_blocks=1, mult=(1,), attn=(8,), heads=2, dropout=0.0,
@@ -46,7 +48,7 @@ def checkpoint(folder, model=1, ema=2, data={}, timesteps=25, **network):
     config = dict(network=NETWORK | network, process=dict(schedule="linear", timesteps=timesteps),
                   data=DATA | data, training=TRAINING)
     state = dict(config=config, step=7, model=weights(model, **network), ema=weights(ema, **network))
-    unet.save_checkpoint(folder / "checkpoint.pt", state)
+    save_checkpoint(folder / "checkpoint.pt", state)
     return folder
 
 
@@ -244,6 +246,21 @@ def test_a_damaged_shard_is_made_again(damage, run, tmp_path):
     assert np.array_equal(sampled(run, tmp_path / "s.npz", *argv)[0], whole)
 
 
+def test_a_shard_that_the_disk_has_no_room_for_is_said(tmp_path):
+    """Here a file reaches its size limit, in the last bytes of a small shard. Catches a shard cut short that
+    is taken for written."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    config = dict(network=NETWORK, data=DATA)
+    shards = sample.Shards(tmp_path / "s.npz", dict(config=config, num_samples=1, batch=1))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (300, limits[1]))
+    try:
+        with pytest.raises(UserError, match="cannot write .*000000.npy: File too large"):
+            shards.write(0, np.zeros((1, 8, 8, 3), np.uint8))           # 320 bytes with the header
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not list(shards.folder.iterdir())
+
+
 def test_finished_samples_are_left_alone(run, tmp_path, capsys, monkeypatch):
     """The same command again, and a process that comes when the first has finished without it: catches work
     done twice, and a wait for shards that are gone. Other settings are made anew."""
@@ -362,7 +379,7 @@ def test_a_variance_without_an_effect_is_said(run, tmp_path, capsys):
 
 def test_weights_that_do_not_fit_are_named(run, tmp_path):
     """Catches weights loaded in part: a tensor too few is said by its name."""
-    broken = copy.deepcopy(unet.load_checkpoint(run))
+    broken = copy.deepcopy(load_checkpoint(run))
     del broken["ema"]["out.2.bias"]
     torch.save(broken, tmp_path / "checkpoint.pt")
     with pytest.raises(UserError, match="the weights do not fit the network: .*out.2.bias"):

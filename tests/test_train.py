@@ -27,6 +27,7 @@ from PIL import Image
 import sample
 import train
 import unet
+from checkpoints import FIRST, load_checkpoint, save_checkpoint
 from common import UserError, command_line, locked
 from conftest import HERE, TINY
 
@@ -87,7 +88,7 @@ def trained(shapes, tmp_path_factory):
 
 def tensors(out):
     """All tensors of a run's checkpoint as one dict: weights, EMA, optimiser."""
-    c = unet.load_checkpoint(out)
+    c = load_checkpoint(out)
     moments = {f"{k}.{name}": v for k, state in c["optimizer"]["state"].items() for name, v in state.items()}
     weights = {f"{kind}.{name}": v for kind in ("model", "ema") for name, v in c[kind].items()}
     return weights | moments
@@ -128,7 +129,7 @@ def test_a_killed_run_goes_on_bit_for_bit(shapes, tmp_path):
         time.sleep(0.005)
     process.kill()
     process.wait()
-    steps = unet.load_checkpoint(out)["step"] + 2
+    steps = load_checkpoint(out)["step"] + 2
     train.main(flags(shapes, out, "--steps", steps, "--save-every", 2))
     train.main(flags(shapes, tmp_path / "whole", "--steps", steps, "--save-every", 2))
     assert_same(tensors(out), tensors(tmp_path / "whole"))
@@ -152,7 +153,7 @@ def test_a_signal_saves_and_leaves(shapes, trained, tmp_path, monkeypatch, capsy
         with pytest.raises(SystemExit) as leaving:
             train.main(argv)
         assert leaving.value.code == 128 + number and f"after step {step}: saved" in capsys.readouterr().out
-        assert unet.load_checkpoint(tmp_path / "run")["step"] == step
+        assert load_checkpoint(tmp_path / "run")["step"] == step
         with open(tmp_path / "run" / "log.jsonl", "a") as log:      # as if a kill had come some steps later
             log.write(json.dumps({"step": step + 1, "ddpm": 1e9}) + "\n" + '{"step": 1, "dd')    # half a line
     monkeypatch.setattr(train.Trainer, "advance", advance)
@@ -163,23 +164,43 @@ def test_a_signal_saves_and_leaves(shapes, trained, tmp_path, monkeypatch, capsy
     assert list(found) == list(expected) and len(losses_of(trained)) == 4
 
 
-def test_a_finished_run_gets_the_grid_that_it_lacks(shapes, trained, tmp_path, capsys):
-    """Killed between its last checkpoint and its grid, which run_all.sh takes for its end: the same command
-    draws it and trains nothing. Catches a run that can never be finished."""
-    shutil.copytree(trained, tmp_path / "run")
-    grid = tmp_path / "run" / "samples-00000004.png"
-    expected = grid.read_bytes()
-    grid.unlink()
-    train.main(flags(shapes, tmp_path / "run", "--steps", 4, "--save-every", 2))
-    assert grid.read_bytes() == expected and "all else was there" in capsys.readouterr().out
-    assert_same(tensors(tmp_path / "run"), tensors(trained))
+def test_a_killed_run_gets_the_grids_that_it_lacks(shapes, trained, tmp_path, monkeypatch, capsys):
+    """Killed between a checkpoint, the line of its grid and the picture, which run_all.sh takes for the end:
+    the same command draws it. Catches a grid or line that is lost or there twice, a picture before its
+    checkpoint, and a run that can never be finished."""
+    run, record, grid = tmp_path / "run", train.Log.record, train.Trainer.grid
+    argv = flags(shapes, run, "--steps", 4, "--save-every", 2, "--sample-every", 2)
+    for step in (2, 4):
+
+        def no_line(self, **values):
+            if values == dict(step=step, event="grid", file=train.grid_name(step)):
+                raise KeyboardInterrupt
+            record(self, **values)
+
+        def no_picture(self, path):
+            if self.step == step:
+                raise KeyboardInterrupt
+            grid(self, path)
+
+        for thing, name, killed in ((train.Log, "record", no_line), (train.Trainer, "grid", no_picture)):
+            with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+                patch.setattr(thing, name, killed)
+                train.main(argv)
+            assert load_checkpoint(run)["step"] == step and not (run / train.grid_name(step)).exists()
+    train.main(argv)
+    assert "all else was there" in capsys.readouterr().out
+    assert (run / train.grid_name(2)).exists()
+    assert (run / train.grid_name(4)).read_bytes() == (trained / train.grid_name(4)).read_bytes()
+    lines = [(line["step"], line.get("event")) for line in log_of(run) if line.get("event") != "start"]
+    assert lines == [(1, None), (2, None), (2, "grid"), (3, None), (4, None), (4, "grid")]
+    assert_same(tensors(run), tensors(trained))
 
 
 def test_other_images_under_the_same_name_are_refused(shapes, trained, tmp_path):
     """Same name, size and count, other content: catches a run that goes on with them."""
-    checkpoint = unet.load_checkpoint(trained)
+    checkpoint = load_checkpoint(trained)
     checkpoint["config"]["data"]["sha256"] = "another"
-    unet.save_checkpoint(tmp_path / "run" / "checkpoint.pt", checkpoint)
+    save_checkpoint(tmp_path / "run" / "checkpoint.pt", checkpoint)
     with pytest.raises(UserError, match="sha256 was another and is now"):
         train.main(flags(shapes, tmp_path / "run", "--steps", 6))
 
@@ -202,16 +223,16 @@ def test_a_disk_without_links_and_one_that_is_full(trained, tmp_path, monkeypatc
 
     monkeypatch.setattr(os, "link", no_links)
     for step in (1, 2):
-        unet.save_checkpoint(tmp_path / "c.pt", unet.load_checkpoint(trained) | dict(step=step))
-    assert [unet.load_checkpoint(tmp_path / name)["step"] for name in ("c.pt", "c-previous.pt")] == [2, 1]
+        save_checkpoint(tmp_path / "c.pt", load_checkpoint(trained) | dict(step=step))
+    assert [load_checkpoint(tmp_path / name)["step"] for name in ("c.pt", "c-previous.pt")] == [2, 1]
 
     def full(*args):
         raise RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed")
 
     monkeypatch.setattr(torch, "save", full)
     with pytest.raises(UserError, match="cannot write .*c.pt: is the disk full"):
-        unet.save_checkpoint(tmp_path / "c.pt", {})
-    assert unet.load_checkpoint(tmp_path / "c.pt")["step"] == 2 and len(list(tmp_path.iterdir())) == 2
+        save_checkpoint(tmp_path / "c.pt", {})
+    assert load_checkpoint(tmp_path / "c.pt")["step"] == 2 and len(list(tmp_path.iterdir())) == 2
 
 
 def test_a_finished_run_is_left_alone(shapes, trained, capsys):
@@ -380,7 +401,7 @@ def test_log_and_run_folder(shapes, trained, tmp_path):
     """log.jsonl begins with all that made the run and lists every grid, in order; the checkpoint before the
     last is kept."""
     start, *rest = log_of(trained)
-    checkpoint = unet.load_checkpoint(trained)
+    checkpoint = load_checkpoint(trained)
     assert start["event"] == "start" and start["step"] == 0
     assert start["config"] == json.loads(json.dumps(checkpoint["config"]))
     assert start["config"]["process"] == dict(schedule="cosine", timesteps=8)
@@ -396,7 +417,7 @@ def test_log_and_run_folder(shapes, trained, tmp_path):
     assert start["code"]["train.py"] == hashlib.sha256((HERE / "train.py").read_bytes()).hexdigest()[:12]
     lines = [(line["step"], line.get("event")) for line in rest]
     assert lines == [(1, None), (2, None), (3, None), (4, None), (4, "grid")]
-    assert (checkpoint["step"], unet.load_checkpoint(trained / "checkpoint-previous.pt")["step"]) == (4, 2)
+    assert (checkpoint["step"], load_checkpoint(trained / "checkpoint-previous.pt")["step"]) == (4, 2)
     assert sorted(file.name for file in trained.iterdir()) == [
         "checkpoint-previous.pt", "checkpoint.pt", "log.jsonl", "samples-00000004.png"]
     train.main(flags(shapes, tmp_path / "run", "--steps", 3, "--sample-every", 2, *DDPM))
@@ -429,10 +450,10 @@ def test_fine_tuning_starts_from_a_checkpoint(shapes, trained, tmp_path):
     before, after = tensors(trained), tensors(tmp_path / "tuned")
     assert difference(after, before, "model.") < 1e-6 and 0 < difference(after, before, "ema.") < 0.1
     assert int(after["0.step"]) == 5                        # four of the optimiser's steps were kept
-    assert unet.load_checkpoint(tmp_path / "tuned")["ema_updates"] == 5
+    assert load_checkpoint(tmp_path / "tuned")["ema_updates"] == 5
     start = log_of(tmp_path / "tuned")[0]
     assert start["step"] == 0 and start["config"]["training"]["init"] == str(trained)
-    torch.save(unet.load_checkpoint(trained)["ema"], tmp_path / "public.pt")
+    torch.save(load_checkpoint(trained)["ema"], tmp_path / "public.pt")
     train.main(flags(shapes, tmp_path / "bare", "--init", tmp_path / "public.pt", "--steps", 1, "--lr", 1e-9,
                      *DDPM))
     bare = tensors(tmp_path / "bare")
@@ -520,10 +541,10 @@ def test_train_refuses(argv, expected, shapes, trained, tmp_path, monkeypatch, c
 def test_train_refuses_another_run_on_the_same_folder(argv, forgotten, expected, shapes, trained, tmp_path):
     """Every setting that differs is named, and so is the random stream of an older version's checkpoint,
     which has none."""
-    checkpoint = unet.load_checkpoint(trained)
+    checkpoint = load_checkpoint(trained)
     if forgotten:
         del checkpoint["config"]["training"][forgotten]
-    unet.save_checkpoint(tmp_path / "run" / "checkpoint.pt", checkpoint)
+    save_checkpoint(tmp_path / "run" / "checkpoint.pt", checkpoint)
     before = (tmp_path / "run" / "checkpoint.pt").read_bytes()
     with pytest.raises(UserError, match=expected):
         train.main(flags(shapes, tmp_path / "run", *argv.split()))
@@ -541,7 +562,7 @@ def as_folder(path, trained):
     ("checkpoint.pt", lambda path, _: path.symlink_to("/gone/c.pt"), "is a link to /gone/c.pt, which is not"),
     ("checkpoint-previous.pt", lambda path, trained: shutil.copy(trained / "checkpoint.pt", path),
      "holds checkpoint-previous.pt and no checkpoint.pt: rename it"),
-    ("checkpoint.pt", lambda path, trained: torch.save(unet.load_checkpoint(trained)["ema"], path),
+    ("checkpoint.pt", lambda path, trained: torch.save(load_checkpoint(trained)["ema"], path),
      "checkpoint.pt: is a model and no run that can go on")])
 def test_train_refuses_a_folder_that_it_cannot_use(file, make, expected, shapes, trained, tmp_path):
     """Before the work: catches a run that starts anew over what is there, or fails at its first save."""
@@ -624,14 +645,14 @@ def flipped(whole):
 def test_damaged_checkpoints_are_named(damage, shapes, trained, tmp_path):
     """Never a fresh start, never wrong weights: one bit flipped, a file cut, an empty one; the file before is
     kept."""
-    path, whole = tmp_path / "run" / "checkpoint.pt", unet.load_checkpoint(trained)
+    path, whole = tmp_path / "run" / "checkpoint.pt", load_checkpoint(trained)
     whole["model"]["out.2.bias"].fill_(500)
     for step in (1, 2):
-        unet.save_checkpoint(path, whole | dict(step=step))
-    assert unet.load_checkpoint(tmp_path / "run")["step"] == 2
-    assert unet.load_checkpoint(tmp_path / "run" / "checkpoint-previous.pt")["step"] == 1
+        save_checkpoint(path, whole | dict(step=step))
+    assert load_checkpoint(tmp_path / "run")["step"] == 2
+    assert load_checkpoint(tmp_path / "run" / "checkpoint-previous.pt")["step"] == 1
     path.write_bytes(damage(path.read_bytes()))
-    for read in (lambda: unet.load_checkpoint(path), lambda: train.main(flags(shapes, tmp_path / "run"))):
+    for read in (lambda: load_checkpoint(path), lambda: train.main(flags(shapes, tmp_path / "run"))):
         with pytest.raises(UserError, match="checkpoint.pt: damaged.* before it is .*checkpoint-previous.pt"):
             read()
     assert sorted(file.name for file in path.parent.iterdir()) == ["checkpoint-previous.pt", "checkpoint.pt"]
@@ -672,7 +693,7 @@ def test_foreign_files_are_refused(content, expected, tmp_path, monkeypatch):
     else:
         torch.save(content, "some.pt")
     with pytest.raises(UserError, match=f"some.pt: {expected}") as refused:
-        unet.load_checkpoint("some.pt")
+        load_checkpoint("some.pt")
     assert "\n" not in str(refused.value) and not Path("executed").exists()
 
 
@@ -711,23 +732,23 @@ def test_checkpoints_are_checked_before_use(keys, value, expected, trained, tmp_
     functools.reduce(dict.__getitem__, path, checkpoint)[last] = value
     torch.save(checkpoint, tmp_path / "checkpoint.pt")
     with pytest.raises(UserError, match=f"checkpoint.pt: .*{expected}") as refused:
-        unet.load_checkpoint(tmp_path)
+        load_checkpoint(tmp_path)
     assert "\n" not in str(refused.value)
 
 
 @pytest.mark.parametrize("change, expected", [
     ({"label_emb.weight": torch.zeros(10, 128)}, "has label_emb.weight, .*class-conditional"),
-    ({unet.FIRST: torch.zeros(32, 6, 3, 3)}, "its in-channels 6: must be 3"),
-    ({unet.FIRST: torch.zeros(0, 3, 3, 3)}, "not an improved-diffusion U-Net"),
-    ({unet.FIRST: torch.zeros(())}, "not an improved-diffusion U-Net"),
+    ({FIRST: torch.zeros(32, 6, 3, 3)}, "its in-channels 6: must be 3"),
+    ({FIRST: torch.zeros(0, 3, 3, 3)}, "not an improved-diffusion U-Net"),
+    ({FIRST: torch.zeros(())}, "not an improved-diffusion U-Net"),
     ({"input_blocks.2.0.x": torch.zeros(1)}, "not an improved-diffusion U-Net: it has no input_blocks.2.0"),
     ({"step": 3}, "step of its state dict is no tensor"), ({"more": torch.zeros(1)}, "state dict has more,")])
 def test_other_networks_are_refused(change, expected, trained, tmp_path):
     """A public state dict of another architecture: one line, where network_of met a KeyError or a division by
     zero."""
-    torch.save(unet.load_checkpoint(trained)["ema"] | change, tmp_path / "public.pt")
+    torch.save(load_checkpoint(trained)["ema"] | change, tmp_path / "public.pt")
     with pytest.raises(UserError, match=f"public.pt: .*{expected}"):
-        unet.load_checkpoint(tmp_path / "public.pt")
+        load_checkpoint(tmp_path / "public.pt")
 
 
 def before(prefix, weights):
@@ -742,7 +763,7 @@ def before(prefix, weights):
     (lambda w: {"model": {}, "ema": w}, "under 'ema'")])
 def test_wrapped_state_dicts_are_taken_out(wrap, expected, trained, tmp_path, capsys):
     """As torch.compile, DataParallel and others save them, and it is said. Catches the wrong one taken."""
-    weights = unet.load_checkpoint(trained)["ema"]
+    weights = load_checkpoint(trained)["ema"]
     torch.save(wrap(weights), tmp_path / "public.pt")
-    assert_same(unet.load_checkpoint(tmp_path / "public.pt"), weights)
+    assert_same(load_checkpoint(tmp_path / "public.pt"), weights)
     assert f"public.pt: takes the state dict {expected}" in capsys.readouterr().out
