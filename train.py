@@ -734,6 +734,8 @@ def main(argv=None):
     with contextlib.ExitStack() as stack:
         if not args.benchmark:
             together(lambda: first and stack.enter_context(locked(args.out / ".lock", message)))
+            for file in args.out.glob(".partial-checkpoint*") if first else ():     # a killed run was at it
+                file.unlink()
         start, resume = broadcast(together(lambda: open_start(args, first)))
         config = configuration(args, images, start, resume)
         if resume:

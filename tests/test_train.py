@@ -167,7 +167,7 @@ def test_a_signal_saves_and_leaves(shapes, trained, tmp_path, monkeypatch, capsy
 def test_a_killed_run_gets_the_grids_that_it_lacks(shapes, trained, tmp_path, monkeypatch, capsys):
     """Killed between a checkpoint, the line of its grid and the picture, which run_all.sh takes for the end:
     the same command draws it. Catches a grid or line that is lost or there twice, a picture before its
-    checkpoint, and a run that can never be finished."""
+    checkpoint, a run that can never be finished, and what it was writing when it was killed left for ever."""
     run, record, grid = tmp_path / "run", train.Log.record, train.Trainer.grid
     argv = flags(shapes, run, "--steps", 4, "--save-every", 2, "--sample-every", 2)
     for step in (2, 4):
@@ -187,7 +187,9 @@ def test_a_killed_run_gets_the_grids_that_it_lacks(shapes, trained, tmp_path, mo
                 patch.setattr(thing, name, killed)
                 train.main(argv)
             assert load_checkpoint(run)["step"] == step and not (run / train.grid_name(step)).exists()
+    (run / ".partial-checkpoint-previous.pt").write_bytes(b"half")
     train.main(argv)
+    assert not list(run.glob(".partial*"))
     assert "all else was there" in capsys.readouterr().out
     assert (run / train.grid_name(2)).exists()
     assert (run / train.grid_name(4)).read_bytes() == (trained / train.grid_name(4)).read_bytes()
