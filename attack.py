@@ -9,7 +9,8 @@
 Takes the flags of sample.py and makes the images of the same seeds: with --steps-attacked 0 they are
 sample.py's, bit for bit. Beside OUT.npz, which fid.py scores, it writes OUT.npz.attack.json: how far the
 attack moved the images from those that the same noise gives without it, and how far random signs of the same
-size do.
+size do. sigma(t), the size of a perturbation, is that of a DDPM step between the timesteps visited: the fewer
+--steps, the larger.
 """
 
 import common                                               # first: it answers Ctrl-C while others load
@@ -157,18 +158,17 @@ class TrajectoryAttack:
         self.clean = self.control = None
         self.sums, self.began = Counter(), time.perf_counter()
 
-    def __call__(self, x_t, step, z):
-        """x_t [B, C, H, W] on its way into step `step`, attacked where that is one of the chosen. Steps
+    def __call__(self, x_t, i, z):
+        """x_t [B, C, H, W] on its way into step i, attacked where that is one of the chosen. Steps
         descend."""
-        if self.clean is None and step in self.steps:
+        if self.clean is None and i in self.steps:
             self.draws = image_noise("attack", self.seed, self.indices, x_t.shape[1:], x_t.device)
             self.clean = self.control = x_t
         if self.clean is None:
             return x_t
-        i = torch.full((len(x_t),), step, device=x_t.device)
         following = functools.partial(reverse_step, self.model, self.schedule, i=i, **self.how)
         clean = following(self.clean, z=z)
-        if step in self.steps:
+        if i in self.steps:
             x_adv = self.attacked(x_t, i, z, clean.x0_hat)
             self.control = self.control + (x_adv - x_t).abs() * next(self.draws).sign()
             x_t = x_adv
@@ -267,12 +267,17 @@ class Watched:
 
 # ------------------------------------------------------------------------------------------------- the report
 
-def needed(asked):
+def needed(asked, sampler):
     """The forward and backward passes of an attacked step besides the step itself, as the algorithms have
-    them. `drift` takes x0_hat of the undisturbed trajectory besides, which runs anyway."""
+    them. `drift` takes x0_hat of the undisturbed trajectory besides, which runs anyway. Heun's step, but for
+    the last, has two evaluations, of which x0_hat is the first's alone."""
     if asked["name"] in ("pgd", "eot"):
-        return asked["iters"] + 1, asked["iters"]
-    return {"noise": (1, 0), "fgsm": (2, 1), "drift": (2, 1)}[asked["name"]]
+        forwards, backwards = asked["iters"] + 1, asked["iters"]
+    else:
+        forwards, backwards = {"noise": (1, 0), "fgsm": (2, 1), "drift": (2, 1)}[asked["name"]]
+    if sampler == "heun":
+        return 2 * forwards, backwards if asked["name"] == "drift" else 2 * backwards
+    return forwards, backwards
 
 
 def summary(measures, protocol):
@@ -305,7 +310,7 @@ def sentences(result, protocol):
     if not count:
         return
     yield ("cost       {:g} forwards and {:g} backwards an attacked step besides the step itself (the "
-           "algorithm needs {} and {})".format(r.forwards, r.backwards, *needed(asked)))
+           "algorithm needs {} and {})".format(r.forwards, r.backwards, *needed(asked, protocol["sampler"])))
     yield (f"ball       {r.outside:g} perturbations outside {asked['eps_scale']:g} sigma(t); rms size "
            f"{r.size:.3f} of it")
     if asked["name"] != "noise":
@@ -366,8 +371,9 @@ def arguments(argv=None):
     args = parser.parse_args(argv)
     ball = 1e-6, 1000                                       # more would leave float32's range on the way
     check_ranges(args, phi=ball, iters=(1, 10**6), eot=(1, 1000), stride=ball, eps_scale=ball)
-    if args.attack == "eot" and args.sampler == "ddim":
-        raise UserError("--attack eot --sampler ddim: DDIM draws no noise to average over; take --attack pgd")
+    if args.attack == "eot" and args.sampler != "ddpm":
+        raise UserError(f"--attack eot --sampler {args.sampler}: it draws no noise to average over; take "
+                        "--attack pgd")
     if args.as_printed and args.attack not in ("pgd", "eot"):
         raise UserError(f"--as-printed --attack {args.attack}: only pgd and eot are printed otherwise")
     if args.stride and (args.as_printed or args.attack not in ("pgd", "eot")):

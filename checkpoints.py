@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from common import UserError, atomic_write, is_first_process
-from unet import Schedule, UNet
+from unet import Schedule, UNet, built
 
 FIRST = "input_blocks.0.0.weight"                           # a state dict of the network is known by it
 
@@ -59,6 +59,8 @@ def load_checkpoint(path):
     if os.path.isdir(path):
         path = path / "checkpoint.pt"
     if not os.path.isfile(path):
+        if os.path.exists(path):
+            raise UserError(f"{path}: is neither a regular file nor a folder")
         if os.path.islink(path):
             raise UserError(f"{path}: is a link to {os.readlink(path)}, which is not there")
         raise UserError(f"{path}: no such checkpoint; pass train.py's --out folder or a .pt file")
@@ -101,11 +103,10 @@ def load_model(path, raw=False, size=None, heads=None, schedule=None, timesteps=
         state_dict, data = checkpoint, dict(name="?", low=-1.0, high=1.0, p=0.0, sigma=0.0, float_data=False)
         config = dict(network=network_of(checkpoint, size, heads or 4), data=data, training={},
                       process=dict(schedule=schedule or "linear", timesteps=timesteps or 1000))
-    with torch.device("meta"):                              # its weights are the file's: none are drawn
-        model = UNet(**config["network"])
+    model, schedule = built(config, "meta")                 # its weights are the file's: none are drawn
     model.load_state_dict(state_dict, assign=True)
     model = model.float().to(memory_format=torch.channels_last).eval().requires_grad_(False)
-    return model, Schedule.named(**config["process"]), config, checkpoint.get("step", 0)
+    return model, schedule, config, checkpoint.get("step", 0)
 
 
 def network_of(state_dict, size, heads):
@@ -123,9 +124,13 @@ def network_of(state_dict, size, heads):
                 levels[-1].append(width(f"input_blocks.{block}.0.in_layers.2.weight"))
                 if f"input_blocks.{block}.1.qkv.weight" in state_dict:
                     attn.add(size >> (len(levels) - 1))
+        if any(len(set(widths)) > 1 for widths in levels):  # guided-diffusion's halve and double the size
+            raise UserError("not an improved-diffusion U-Net: its widths change inside a level, as with "
+                            "residual blocks that change the size (resblock_updown), which this U-Net has not")
         return dict(size=size, channels=channels, res_blocks=len(levels[0]),
                     mult=tuple(widths[0] // channels for widths in levels),
                     attn=tuple(sorted(attn, reverse=True)), heads=heads, in_channels=in_channels,
+                    sigma_data=None,
                     learn_sigma=width("out.2.weight") == 2 * in_channels,
                     scale_shift=width("input_blocks.1.0.emb_layers.1.weight") == 2 * levels[0][0])
     except KeyError as error:
@@ -191,7 +196,8 @@ def _read(path):
 
 
 # What others wrap a state dict in, the average of the weights first.
-WRAPPERS = "ema", "ema_state_dict", "model_ema", "state_dict", "model_state_dict", "model", "net", "module"
+WRAPPERS = ("ema", "ema_state_dict", "model_ema", "ema_model", "shadow", "state_dict", "model_state_dict",
+            "model", "net", "module")                       # the first of them that has weights is taken
 
 
 def _unwrapped(found, path):
@@ -215,6 +221,7 @@ def _unwrapped(found, path):
             found = {key.removeprefix(prefixes[0]): found[key] for key in keys}
             continue
         inside = [key for key in WRAPPERS if isinstance(found.get(key), dict)]
+        inside.sort(key=lambda key: not any(str(name).endswith(FIRST) for name in found[key]))
         if not inside:
             break
         taken.append(f"under {inside[0]!r}")
@@ -251,11 +258,13 @@ SCHEMA = dict(
                  mult=("1 to 12 integers from 1 to 64, as in 1,2,2,2", lambda v: _wholes(v, 64) and bool(v)),
                  attn=("different positive integers, as in 16,8",
                        lambda v: _wholes(v, 4096) and len(set(v)) == len(v)),
-                 learn_sigma=_YES_OR_NO, scale_shift=_YES_OR_NO),
+                 learn_sigma=_YES_OR_NO, scale_shift=_YES_OR_NO,
+                 sigma_data=("None, or a number from 1e-06 to 1e+06",
+                             lambda v: v is None or _number(1e-6, 1e6)[1](v))),
     process=dict(schedule=("linear or cosine", lambda v: type(v) is str and v in ("linear", "cosine")),
                  timesteps=_whole(2, 10**6)),
-    data=dict(name=("a name", lambda v: type(v) is str), p=_number(0, 1), sigma=_number(0, 1000),
-              low=_number(-1e6, 1e6), high=_number(-1e6, 1e6), float_data=_YES_OR_NO),
+    data=dict(name=("a name", lambda v: type(v) is str and len(v) <= 200 and v.isprintable()),
+              p=_number(0, 1), sigma=_number(0, 1000), low=_number(-1e6, 1e6), high=_number(-1e6, 1e6), float_data=_YES_OR_NO),
     training={})
 
 
@@ -282,7 +291,8 @@ def _check(checkpoint, file_size):
         _check_tensors(networks, file_size)
         network = _network_of_config(checkpoint)
     with torch.device("meta"):                              # takes no memory, however large
-        expected = {key: tuple(tensor.shape) for key, tensor in UNet(**network).state_dict().items()}
+        unet = UNet(**network | dict(sigma_data=None))      # which adds no tensor
+    expected = {key: tuple(tensor.shape) for key, tensor in unet.state_dict().items()}
     for name, state_dict in networks.items():
         for key in [*state_dict, *expected]:                # first what is too much
             found = tuple(state_dict[key].shape) if key in state_dict else "missing"
@@ -328,6 +338,8 @@ def _network_of_config(checkpoint):
         values = config.get(group) if isinstance(config, dict) else None
         if not isinstance(values, dict):
             raise ValueError(f"its config has no group {group!r}")
+        if group == "network":                              # the kit had no --precondition once
+            values.setdefault("sigma_data", None)
         exact = group in ("network", "process")
         for name in [*settings, *(values if exact else ())]:
             if name not in values or name not in settings:

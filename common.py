@@ -87,30 +87,52 @@ def check_environment():
                         "alone: unset RANK WORLD_SIZE")
 
 
+def _leave(number, frame):
+    """Answers a signal by SystemExit, so that locks and partial files are removed. Another one, as where a
+    whole job is told and then torchrun tells its processes again, must not cut that short."""
+    for each in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(each, signal.SIG_IGN)
+    if is_first_process():
+        with contextlib.suppress(OSError):                  # print could be interrupted by itself
+            os.write(2, f"{Path(sys.argv[0]).name}: ended by {signal.Signals(number).name}\n".encode())
+    sys.exit(128 + number)
+
+
+def _line_of(error):
+    """The line for an error, or None: a bug keeps its traceback."""
+    text = " ".join(str(error).splitlines())                # a file's name may have a newline
+    if isinstance(error, UserError):
+        return text
+    if isinstance(error, dist.DistError) or "/gloo/transport/" in text:     # gloo raises a plain RuntimeError
+        return ("another process has ended or does not answer, see its message; the same command goes on "
+                f"({text[:150]})")
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in text:
+        return f"out of memory: try a smaller --batch, or train.py's --microbatch ({text[:150]})"
+    return None
+
+
 def command_line(main):
     """Runs main() as a script, and exits: with status 2 and '<script>: error: <message>' on stderr for a
-    UserError, with 130 for Ctrl-C."""
+    UserError, with 130 for Ctrl-C, with 128 + number for SIGTERM and SIGHUP (unless ignored, as by nohup)."""
     open_streams()
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) == signal.SIG_DFL:
+            signal.signal(number, _leave)
     if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:   # since the imports: see above
         signal.signal(signal.SIGINT, signal.default_int_handler)
     status = grouped = None
     try:
         check_environment()
         main()
-    except UserError as error:
+    except (UserError, MemoryError, RuntimeError) as error:
+        if (message := _line_of(error)) is None:
+            raise
         status, who = 2, ""
         if "TORCHELASTIC_RUN_ID" in os.environ and not is_first_process():
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(3)       # if the first process has met it too, it says so, and torchrun ends this one
             who = f"process {os.environ['RANK']}: "
-        message = " ".join(str(error).splitlines())         # a file's name may have a newline
         print(f"{Path(sys.argv[0]).name}: error: {who}{message}", file=sys.stderr)
-    except (MemoryError, RuntimeError) as error:            # torch's, on a CPU, is a plain RuntimeError
-        if (isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError)
-                and "can't allocate memory" not in str(error)):
-            raise
-        status = 2
-        print(f"{Path(sys.argv[0]).name}: error: out of memory: try a smaller --batch, or train.py's "
-              f"--microbatch ({' '.join(str(error).split())[:150]})", file=sys.stderr)
     except KeyboardInterrupt:
         status = 130
         signal.signal(signal.SIGINT, signal.SIG_DFL)        # a second one ends what may still have to end
@@ -169,8 +191,8 @@ def _take(lock):
 def atomic_write(path):
     """Yields a temporary Path in the same folder, with the same suffix. On success it is fsynced and becomes
     `path` in one step; on an exception it is removed; what a killed run leaves is overwritten by the next.
-    UserError if the folder cannot be written, the disk is full, or another process is writing the same
-    file."""
+    UserError if the folder or the file cannot be written, the disk is full, or another process is writing the
+    same file; other errors of the caller's own pass."""
     path = Path(path)
     partial = path.with_name(".partial-" + path.name)
     try:
@@ -183,14 +205,22 @@ def atomic_write(path):
     with lock:                                             # the lock ends with the process, however that ends
         if not _take(lock):
             raise UserError(f"cannot write {path}: another process is writing it")
+        written = False
         try:
             yield partial
+            written = True
             with open(partial, "rb") as file:
-                os.fsync(file.fileno())
+                try:
+                    os.fsync(file.fileno())
+                except OSError as error:
+                    if error.errno not in (errno.EINVAL, errno.ENOTSUP):    # some file systems have none
+                        raise
             os.replace(partial, path)
         except BaseException as error:
-            partial.unlink(missing_ok=True)
-            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            with contextlib.suppress(OSError):
+                partial.unlink()
+            full = errno.ENOSPC, errno.EDQUOT, errno.EFBIG
+            if isinstance(error, OSError) and (written or error.errno in full):
                 raise UserError(f"cannot write {path}: {error.strerror}") from error
             raise
 

@@ -10,8 +10,8 @@
     python data.py shapes                                   # drawn here, nothing to download
     python data.py subspace --images shapes                 # linearised images, their distribution known
 
-Where all folders at the top of --src are called train, test or val, train is taken. What is not taken of a
-source is counted, and said.
+Where all folders at the top of --src are called train, test or val, train is taken; where deeper ones are,
+--split must say it. What is not taken of a source is counted, and said.
 """
 
 import common                                               # first: it answers Ctrl-C while others load
@@ -42,7 +42,7 @@ from pathlib import Path
 from typing import Any, Callable, NamedTuple
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from common import (Progress, UserError, as_bytes, atomic_write, check_out, check_ranges, command_line,
                     download, locked, parser_of, protocol_in, sha256_of, write_json)
@@ -105,7 +105,8 @@ class Images:
     Attributes: name, size, shape (3, H, W), array (uint8; float32 for subspace), low and high (range of the
     clean data, to which x0 is clamped), info (the .json file), p, sigma, data_seed. size None means the
     paper's. UserError if the data set is not prepared or is damaged, or if p, sigma or data_seed is out of
-    range. Threads may share an object.
+    range; of more than MAX_BYTES, whose hash would take seconds, only the length is checked. Threads may
+    share an object.
     """
 
     def __init__(self, name, size=None, data_dir="data", p=0.0, sigma=0.0, data_seed=0):
@@ -131,6 +132,12 @@ class Images:
             stated = (self.info["dtype"], self.info["count"], *self.shape)
             if found != stated:
                 raise ValueError(f"{found} instead of {stated}")
+            if not -math.inf < self.low <= self.high < math.inf:
+                raise ValueError(f"values from {self.low} to {self.high}")
+            sha256, end = self.info["sha256"], self.array.offset + self.array.nbytes
+            if end != os.path.getsize(array) or (self.array.nbytes <= MAX_BYTES and sha256 !=
+                                                 hashlib.sha256(self.array).hexdigest()):
+                raise ValueError("not the bytes that data.py wrote")
         except Exception as error:                          # json and numpy raise almost anything
             raise UserError(f"{array} or {info.name} is damaged or not made by data.py ({error}): delete "
                             "both, prepare them again") from error
@@ -335,7 +342,7 @@ def image_members(src):
             raise ValueError("not stored or deflated; other methods are not unpacked within bounds")
         with open_member(member) as file:
             if not _is_picture(file.peek(16)[:16]):
-                raise ValueError("cannot identify the image")
+                raise ValueError("no image that Pillow reads")
             return file.read(size)                          # a header may lie: it gets no more than it said
     return names, read, left
 
@@ -355,7 +362,10 @@ def open_image(payload):
     with warnings.catch_warnings():                         # what is wrong raises an error, too
         warnings.simplefilter("ignore")
         file = io.BytesIO(payload) if isinstance(payload, bytes) else payload
-        image = Image.open(file, formats=_formats())
+        try:
+            image = Image.open(file, formats=_formats())
+        except UnidentifiedImageError as error:             # which shows an object of Python's
+            raise ValueError("no image that Pillow reads") from error
     if image.width * image.height > MAX_PIXELS:
         raise ValueError(f"{image.width} x {image.height} pixels are more than {MAX_PIXELS:,}")
     return image
@@ -430,7 +440,7 @@ def array_source(path):
     if len(shape) != 4 or 3 not in (shape[1], shape[3]) or 0 in shape or fortran:
         order = " in Fortran order" if fortran else ""
         raise UserError(f"{path} holds {dtype} {shape}{order}; colour images [N, H, W, 3] or [N, 3, H, W] "
-                        "are expected")
+                        "are expected (of grey ones three equal channels)")
     if dtype != np.uint8 and dtype.kind != "f":
         raise UserError(f"{path} holds {dtype}; uint8 images, or float images in [-1, 1], are expected")
     size, row = shape[2:] if planes else shape[1:3], math.prod(shape[1:]) * dtype.itemsize
@@ -463,7 +473,8 @@ def check_range(source):
     """UserError where the first images of a Source are neither bytes nor in [-1, 1], but in [0, 1]."""
     head = next(source.read(0, min(source.count, 64), 64))
     if to_bytes(head, source.label).min() >= 128 and head.dtype != np.uint8:
-        raise UserError(f"{source.label} holds float images, none negative: [-1, 1], or uint8, is expected")
+        raise UserError(f"{source.label} holds float images, none negative: [-1, 1], or uint8, is expected "
+                        "(2 x - 1, if they are in [0, 1])")
 
 
 # - the sources: each returns the number of images, an iterator of their (name, payload), the split and notes
@@ -476,38 +487,52 @@ def _payload(read, *which):
         return error
 
 
-def _choose(src, names, split):
-    """Of the images called `names`, those of a split -> their names, the split, what is said of it.
+def split_folders(names):
+    """The folders that can be splits by name (SPLITS), of the images called `names`: those at the top, below
+    one that holds all, or, where none of these is called so, of the first level that has one.
 
-    Folders at the top, below one that holds all, are splits by name (SPLITS). split None: train, if all of
-    them are splits, and all, if none is; else UserError, as where the split is not there.
+    -> the folder of each name ("": it is in none), {folder: its split or None}, told(folders) -> their text.
     """
     paths = [name.split("/") for name in names]
     depth = 0
     while (all(len(path) > depth + 1 for path in paths) and len({path[depth] for path in paths}) == 1
            and paths[0][depth].lower() not in SPLITS):
         depth += 1
-    tops = [path[depth] if len(path) > depth + 1 else "" for path in paths]
+    level = min((k for path in paths for k, part in enumerate(path[depth:-1], 1) if part.lower() in SPLITS),
+                default=1)
+    tops = ["/".join(path[depth:-1][:level]) for path in paths]
     counts = collections.Counter(tops)
-    kinds = {top: SPLITS.get(top.lower()) for top in counts}
 
     def told(some):
         some = sorted(some)
         return ", ".join([f"{counts[top]:,} ({f'folder {top}' if top else 'in no folder'})"
                           for top in some[:5]] + ["..."] * (len(some) > 5))
+    return tops, {top: SPLITS.get(top.split("/")[-1].lower()) for top in counts}, told
+
+
+def _choose(src, names, split):
+    """Of the images called `names`, those of a split -> their names, the split, what is said of it.
+
+    split None: train, if all folders at the top are splits, and all, if no folder is; else UserError, as
+    where the split is not there.
+    """
+    tops, kinds, told = split_folders(names)
     if split is None:
-        if any(kinds.values()) and not (all(kinds.values()) and "train" in kinds.values()):
+        if any(kinds.values()) and not (all(kinds.values()) and "train" in kinds.values()
+                                        and not any("/" in top for top in kinds)):
             named = next(top for top in sorted(kinds) if kinds[top])
             raise UserError(f"--src {src} holds images: {told(kinds)}; {named!r} can be a split or a class: "
                             f"--split all takes all, --split {kinds[named]} that folder")
         split = "train" if any(kinds.values()) else "all"
-    taken = [top for top in kinds if split in ("all", kinds[top])]
+    taken = {top for top in kinds if split in ("all", kinds[top])}
     if not taken:
         raise UserError(f"--src {src} has no folder {split!r} of images, only {told(kinds)}: --split all "
                         "takes all")
+    some = sorted(taken)
+    some = some[:5] + ["..."] * (len(some) > 5)
     chosen = [name for name, top in zip(names, tops) if top in taken]
-    others = told(set(kinds) - set(taken))
-    return chosen, split, [f"{len(chosen):,} of {len(names):,} images: folder {', '.join(sorted(taken))}; "
+    others = told(kinds.keys() - taken)
+    return chosen, split, [f"{len(chosen):,} of {len(names):,} images: folder {', '.join(some)}; "
                            f"not: {others or 'none'}"] if split != "all" else []
 
 
@@ -549,13 +574,14 @@ def _cifar10_records(src, split):
                                           test=["test_batch.bin"])
     wanted, records = files.get(split) or sum(files.values(), []), []
     for name in wanted:
-        with reading(f"--src {src}: {name}"), (
-                open_member(found[name][1]) if name in found else io.BytesIO()) as file:
+        if name not in found:
+            raise UserError(f"--src {src}: {name} is missing; needed is cifar-10-binary.tar.gz (not python "
+                            "or matlab), or images")
+        with reading(f"--src {src}: {name}"), open_member(found[name][1]) as file:
             content = file.read(30_730_001)
         if len(content) != 30_730_000:
             length = f"{len(content):,}" if len(content) < 30_730_000 else "more"
-            raise UserError(f"--src {src}: {name} has {length} bytes, not 30,730,000; needed is "
-                            "cifar-10-binary.tar.gz (not python or matlab), or images")
+            raise UserError(f"--src {src}: {name} has {length} bytes, not 30,730,000: fetch it again")
         records.append(np.frombuffer(content, np.uint8).reshape(-1, 3073))
     return 10_000 * len(wanted), (
         (f"{name} record {i}", record[1:].reshape(3, 32, 32).transpose(1, 2, 0))
@@ -566,6 +592,7 @@ def _npz_rows(files, split):
     """Downsampled ImageNet. Payload: uint8 [64, 64, 3], a row of `data`, streamed: a file has 1.6 GB."""
     streams = []
     for file in files:
+        check_regular(file, file)
         with reading(file):
             archive = zipfile.ZipFile(file)
             stream = archive.open("data.npy")
@@ -599,7 +626,8 @@ def _source(name, src, split):
 # ------------------------------------------------------------------------------------- the work on each image
 
 def _decode(item, size, crop):
-    """(name, payload) -> uint8 [3, S, S]: the centre square, of `crop` pixels or the largest, box-filtered.
+    """(name, payload) -> uint8 [3, S, S]: the centre square, of `crop` pixels or the largest, box-filtered;
+    and the largest upper byte of an image of 16 bits, -1 of another.
 
     What is transparent becomes white; EXIF rotation is ignored, as is usual for these data sets. UserError if
     the image is unusable.
@@ -627,8 +655,7 @@ def _decode(item, size, crop):
                 raise ValueError(f"pixels from {values.min()} to {values.max()}: not of 8 or 16 bits")
             image = Image.fromarray((values >> 8).astype(np.uint8))
         colours = [image.getchannel(band) for band in image.getbands() if band != "A"] if deep else []
-        if deep and max(channel.getextrema()[1] for channel in colours) < 16:     # it would be almost black
-            raise ValueError("16 bits a pixel, but no value above 4095: scale it to 8 bits first")
+        brightest = max((channel.getextrema()[1] for channel in colours), default=-1)
         if "A" in image.getbands() or "transparency" in image.info:
             white = Image.new("RGBA", image.size, "white")
             image = Image.alpha_composite(white, image.convert("RGBA"))
@@ -638,14 +665,15 @@ def _decode(item, size, crop):
         image = image if image.mode == "RGB" else image.convert("RGB")             # which would copy it
         channels = [image.getchannel(i).convert("F").resize((size, size), Image.Resampling.BOX, box)
                     for i in range(3)]
-        return np.rint(channels).astype(np.uint8)
+        return np.rint(channels).astype(np.uint8), brightest
     except Exception as error:                              # Pillow raises almost anything on a broken file
         raise UserError(f"{name!r} ({error or type(error).__name__})") from error
 
 
 def _draw_shapes(item, size):
-    """(seed, i) -> image i of the shapes data set, uint8 [3, S, S]: one to three flat shapes with soft edges
-    on a smooth gradient. There is no texture, so that the noise a model leaves can be seen and measured."""
+    """(seed, i) -> image i of the shapes data set, uint8 [3, S, S], and -1, as `_decode` has it: one to three
+    flat shapes with soft edges on a smooth gradient. There is no texture, so that the noise a model leaves
+    can be seen and measured."""
     rng = np.random.default_rng(item)
     y, x = (np.mgrid[:size, :size] + 0.5) / size            # the scene does not depend on the size
     hue, turn, bright = rng.uniform(), rng.uniform(0, 2 * math.pi), rng.choice([0.3, 0.95])
@@ -665,27 +693,31 @@ def _draw_shapes(item, size):
         cover = np.clip(0.5 - distance * size / 3, 0, 1)[..., None]                     # three pixels wide
         hsv = (hue + rng.uniform(0.2, 0.8)) % 1, rng.uniform(0.55, 0.9), rng.uniform(0.65, 1)
         image += (np.array(colorsys.hsv_to_rgb(*hsv)) - image) * cover * cover * (3 - 2 * cover)
-    return np.rint(image * 255).astype(np.uint8).transpose(2, 0, 1)
+    return np.rint(image * 255).astype(np.uint8).transpose(2, 0, 1), -1
 
 
-# ------------------- preparing: blocks of images, each (array [b, 3, S, S], descriptions of the broken ones)
+# - preparing: blocks of images: array [b, 3, S, S], descriptions of the broken ones, the largest upper byte
 
 def _start_worker():
-    """A worker ends with its parent, however that ends; Ctrl-C is the parent's business."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """A worker ends with its parent, however that ends; Ctrl-C and a terminal's end are the parent's."""
+    for number, answer in ((signal.SIGINT, signal.SIG_IGN), (signal.SIGHUP, signal.SIG_IGN),
+                           (signal.SIGTERM, signal.SIG_DFL)):           # not the parent's, which it inherits
+        signal.signal(number, answer)
     warnings.simplefilter("ignore")                         # Pillow's, of images that it reads all the same
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
 def _block(work, items):
-    done, broken = [], []
+    done, broken, brightest = [], [], -1
     for item in items:
         try:
-            done.append(work(item))
+            image, bright = work(item)
+            done.append(image)
+            brightest = max(brightest, bright)
         except UserError as error:
             broken.append(str(error))
-    return np.array(done), broken
+    return np.array(done), broken, brightest
 
 
 def _cut(items, length, image_bytes):
@@ -762,17 +794,18 @@ def _subspace_blocks(images, components, count, seed, truth):
     rng = np.random.default_rng(seed)
     for start in range(0, count, 1000):
         a = rng.standard_normal((min(1000, count - start), components))
-        yield (mean + (a * scale) @ basis).astype(np.float32).reshape(-1, *images.shape), []
+        yield (mean + (a * scale) @ basis).astype(np.float32).reshape(-1, *images.shape), [], -1
 
 
 def _write(path, blocks, dtype, count, size, skip_broken=False, advice="Repair or remove them"):
     """Writes blocks of `count` images in all as one .npy file. -> what the .json says of it. UserError if the
-    disk is too small or, without skip_broken, an image is broken, with an advice."""
+    disk is too small, an image is broken, without skip_broken, with an advice, or all of 16 bits are dark."""
     def header(rows):                                       # as long for any count: it is written twice
         facts = dict(descr=np.dtype(dtype).str, fortran_order=False, shape=(rows, 3, size, size))
         np.lib.format.write_array_header_1_0(file, facts)
 
     digest, broken, kept, low, high = hashlib.sha256(), [], 0, math.inf, -math.inf
+    total, square, brightest = 0.0, 0.0, -1                 # sums of bytes: exact, on every machine
     with atomic_write(path) as temporary, open(temporary, "wb") as file:
         needed = count * 3 * size * size * np.dtype(dtype).itemsize
         free = shutil.disk_usage(path.parent).free
@@ -780,12 +813,15 @@ def _write(path, blocks, dtype, count, size, skip_broken=False, advice="Repair o
             raise UserError(f"{path} needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free")
         header(count)
         progress = Progress(count, "images", path.stem)
-        for block, bad in blocks:
-            kept, broken = kept + len(block), broken + bad
+        for block, bad, bright in blocks:
+            kept, broken, brightest = kept + len(block), broken + bad, max(brightest, bright)
             if len(block):
                 file.write(block)
                 digest.update(block)
                 low, high = min(low, float(block.min())), max(high, float(block.max()))
+                for x in block:
+                    x = x.ravel().astype(np.float64)
+                    total, square = total + x.sum(), square + x @ x
             progress.update(kept + len(broken))
             if len(broken) >= MAX_BROKEN and not skip_broken:
                 break
@@ -794,13 +830,19 @@ def _write(path, blocks, dtype, count, size, skip_broken=False, advice="Repair o
         if broken and not (skip_broken and kept):
             otherwise = ", or leave them out with --skip-broken" if kept else ""
             raise UserError(f"{problem}. {advice}{otherwise}")
+        if 0 <= brightest < 16:
+            raise UserError("no image of 16 bits has a value above 4095: all would be almost black; scale "
+                            "them to 8 bits first")
         file.seek(0)
         header(kept)
         progress.close()
     if broken:
         print(problem, file=sys.stderr)
-    low, high = (-1.0, 1.0) if dtype == "uint8" else (low, high)
-    return dict(count=kept, dtype=dtype, low=low, high=high, sha256=digest.hexdigest(), left_out=len(broken))
+    values = kept * 3 * size * size
+    deviation = math.sqrt(max(square / values - (total / values)**2, 0.0))
+    low, high, unit = (-1.0, 1.0, 127.5) if dtype == "uint8" else (low, high, 1.0)
+    return dict(count=kept, dtype=dtype, low=low, high=high, sha256=digest.hexdigest(), left_out=len(broken),
+                sigma_data=deviation / unit)
 
 
 # ------------------------------------------------------------------------------------------- the command line
@@ -867,7 +909,7 @@ def _settings(args):
     return settings
 
 
-def _is_there(settings, folder):
+def _is_there(settings, folder, src):
     """Whether the data set is prepared. UserError if that was done with other settings."""
     array, info, _ = prepared_files(settings["name"], settings["size"], folder)
     if not (os.path.isfile(array) and os.path.isfile(info)):
@@ -879,7 +921,8 @@ def _is_there(settings, folder):
         raise UserError(f"{array} was made with {'; '.join(differ)}: delete it and {info}, or choose another "
                         "--out")
     print(f"{array} is there: {len(images):,} images (source: "
-          f"{images.info.get('source')}, split: {images.info.get('split')})")
+          f"{images.info.get('source')}, split: {images.info.get('split')})"
+          + (f"; --src {src} was not read: to prepare it anew delete {array} and {info}" if src else ""))
     return True
 
 
@@ -933,7 +976,7 @@ def main(argv=None):
     args = _arguments(argv)
     settings = _settings(args)
     array, info, truth = prepared_files(settings["name"], args.size, args.out)
-    if _is_there(settings, args.out):
+    if _is_there(settings, args.out, args.src):
         if _lock_of(array).exists():                    # left by one that was killed, or is at its end
             with contextlib.suppress(UserError, OSError), _one_at_a_time(array):    # the folder is read-only
                 pass
@@ -944,7 +987,7 @@ def main(argv=None):
     for path in (array, info):
         check_out(path)
     with _one_at_a_time(array):
-        if _is_there(settings, args.out):                   # after waiting
+        if _is_there(settings, args.out, args.src):         # after waiting
             return
         if args.name == "subspace":
             facts = _prepare_subspace(args, array, truth)

@@ -35,7 +35,7 @@ from common import (Progress, UserError, all_sum, atomic_write, check_out, check
                     download, gather, is_first_process, noise_estimate, parser_of, sha256_of, start_processes,
                     together, write_json)
 from data import (Images, Source, array_header, array_source, check_range, check_regular, files_told,
-                  image_members, is_deep, open_image, reading, steps, to_bytes)
+                  image_members, is_deep, open_image, reading, split_folders, steps, to_bytes)
 from gaussian import predicted
 
 RESIZE = {"inception": "TF1 bilinear to 299", "pixels": "box to 8"}
@@ -92,14 +92,18 @@ def prepared_source(images, data_dir):
 def _folder_or_archive(path):
     """A folder, zip or tar of images, by name. All headers are read first: cheap, and finds most faults."""
     names, payload, left = image_members(path)
+    kinds, told = split_folders(names)[1:]
+    if len(set(kinds.values())) > 1:
+        raise UserError(f"{path} holds images of several splits, or classes so called: {told(kinds)}. Give "
+                        "one folder, or prepare a data set: data.py's --split says what it takes")
 
     def picture(name, decode):
         with reading(f"{path}/{name}"), open_image(payload(name)) as image:
-            if image.mode != "RGB" or "transparency" in image.info or is_deep(image):
+            if image.mode not in ("RGB", "P") or "transparency" in image.info or is_deep(image):
                 deep = ", of 16 bits" if is_deep(image) else ""
                 raise UserError(f"{path}/{name} is of mode {image.mode}{deep}; "
                                 "opaque colour images (RGB) of 8 bits are expected")
-            return np.asarray(image) if decode else (image.height, image.width)
+            return np.asarray(image.convert("RGB")) if decode else (image.height, image.width)
     size = picture(names[0], False)
     for name in names:
         if (found := picture(name, False)) != size:

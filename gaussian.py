@@ -50,7 +50,7 @@ def shrinkage(schedule, method="adv", lam=0.3, omega=2.0, gamma=8 / 255, lam_uni
     `ddpm`: 0. `ran`: always. `adv` and `inv`: where Eq. 8's gradient has the signs of its random start, as it
     has if all directions have the same gain; else `optimum` finds S_t, which is smaller where the data are
     strong. schedule: float64, as `named` makes it. lam, omega, gamma, lam_units: train.py's; its --reg-share
-    and --balance leave the minimiser as it is.
+    and --weighting leave the minimiser as it is.
     """
     s = schedule.sqrt_one_minus_alpha_bar.numpy()                                   # [T]
     if method == "ddpm":
@@ -135,15 +135,22 @@ def sampled_covariance(schedule, A, steps=None, sampler="ddpm", variance="large"
 
     steps, sampler, variance: as in sample.py (default: all steps, Eq. 4, `large`), which starts at N(0, I).
     """
-    short, matrix = schedule.respaced(steps or len(schedule)), A.ndim == 3
+    respaced = schedule.respaced_by_noise if sampler == "heun" else schedule.respaced
+    short, matrix = respaced(steps or len(schedule)), A.ndim == 3
     A, one = A[short.t.numpy()], np.eye(A.shape[1]) if matrix else np.ones(A.shape[1])
     table = {name: values.numpy().reshape(-1, *[1] * (A.ndim - 1)) for name, values in vars(short).items()}
-    x0_hat = (one - table["sqrt_one_minus_alpha_bar"] * A) / table["sqrt_alpha_bar"]    # section A.2
-    if sampler == "ddim":
-        M = table["sqrt_alpha_bar_prev"] * x0_hat + table["sqrt_one_minus_alpha_bar_prev"] * A
-        b = np.zeros(len(short))
-    else:
-        M = table["coefficient_x0"] * x0_hat + table["coefficient_xt"] * one        # Eq. 4
+
+    def step(eps_hat):
+        x0_hat = (one - table["sqrt_one_minus_alpha_bar"] * eps_hat) / table["sqrt_alpha_bar"]
+        if sampler == "ddpm":
+            return table["coefficient_x0"] * x0_hat + table["coefficient_xt"] * one                 # Eq. 4
+        return table["sqrt_alpha_bar_prev"] * x0_hat + table["sqrt_one_minus_alpha_bar_prev"] * eps_hat
+
+    M, b = step(A), np.zeros(len(short))
+    if sampler == "heun":                                   # with the mean of eps_hat here and after the step
+        after = np.matmul(A[:-1], M[1:]) if matrix else A[:-1] * M[1:]
+        M = step(np.concatenate([A[:1], (A[1:] + after) / 2]))
+    elif sampler == "ddpm":
         b = getattr(short, f"log_variance_{variance}").exp().numpy()
         b[0] = 0                                            # no noise in the last step
     C = one                                                 # x_T ~ N(0, I)
@@ -172,7 +179,7 @@ def predicted(truth, protocol):
         T, p, sigma, how = (process["timesteps"], data["p"], data["sigma"],
                             (protocol["sampler"], protocol["variance"]))
         if (regulariser["method"] not in ("ddpm", "ran", "adv") or attack or data["name"] != "subspace"
-                or how not in (("ddpm", "large"), ("ddpm", "small"), ("ddim", None))
+                or how not in (("ddpm", "large"), ("ddpm", "small"), ("ddim", None), ("heun", None))
                 or not isinstance(steps, int) or not 2 <= steps <= T <= MAX_T or not 0 <= p <= 1
                 or min(sigma, *(regulariser[key] for key in ("lam", "omega", "gamma"))) < 0):
             return None
@@ -334,6 +341,8 @@ def main(argv=None):
     args.size, sigmas = images.size, [args.sigma] if args.sigma else SIGMAS
     args.out = args.out or Path(f"gaussian-{args.data}-{args.size}.png")
     check_out(args.out)
+    if args.out.suffix != ".png":
+        raise UserError(f"--out {args.out}: the name must end in .png")
     variances, how, noise = spectrum(images)
     signals = [(variances - sigma**2).clip(0) if args.noisy else variances for sigma in sigmas]
     if not signals[-1].any():

@@ -150,7 +150,7 @@ def load(path):
         return json.load(file, parse_int=whole)
 
 
-KINDS = {str: "data noise method network variant sampler device",
+KINDS = {str: "data noise method weighting network variant sampler device",
          (str, type(None)): "flags attack",
          int: "size batch seed step n steps",
          (int, float): "reg_share seconds cost",
@@ -173,14 +173,13 @@ def facts(config):
     data, training, network = config["data"], config["training"], config["network"]
     apart = {"method", "seed", "init", "lam", "flags", "sigma_known"}
     if training["method"] in ("ddpm", "ambient"):           # these are there, and mean nothing
-        training = training | dict(lam=None, reg_share=1.0, balance=False)
+        training = training | dict(lam=None, reg_share=1.0)
         apart |= {"lam_units", "omega", "gamma"}
     same = {name: value for name, value in training.items() if name not in apart}
-    names = ("method", "lam", "flags", "reg_share", "seed", "batch")
+    names = ("method", "lam", "flags", "reg_share", "weighting", "seed", "batch")
     return checked({name: training[name] for name in names} | dict(
         data=data["name"], size=data["size"], noise=noise_name(data["p"], data["sigma"]),
         tuned=training["init"] is not None, network=f"{network['channels']} × {tuple(network['mult'])}",
-        balance=bool(training["balance"]),
         variant=json.dumps([same, network, config["process"], data["data_seed"]], sort_keys=True)))
 
 
@@ -232,8 +231,8 @@ def read_score(path):
             name = attack["name"] + (" as printed" if attack["as_printed"] else "") if percent else None
         r["variant"] += json.dumps(attack)
         return checked(r | numbers | dict(
-            path=path, left=odd[0] if odd else None, measures=sorted(numbers), step=made["step"],
-            n=made["num_samples"], sampler=made["sampler"], steps=made["steps"], attack=name, percent=percent,
+            path=path, left=odd[0] if odd else None, odd=", ".join(odd), measures=sorted(numbers),
+            step=made["step"], n=made["num_samples"], sampler=made["sampler"], steps=made["steps"], attack=name, percent=percent,
             iters=attack.get("iters"), draws=attack.get("eot"),
             picture=path.with_name(Path(result["samples"]).stem + ".png")))
 
@@ -275,7 +274,7 @@ def read_toy(path):
                 for r in records]
         text = ("{}. Scale: {steps:,} steps of {batch} points, {num_samples} samples, {seeds} seed(s), ± "
                 "their sample deviation{}.\n\n{}").format(
-            path.stem, ", balanced" if protocol["balance"] else "",
+            path.stem, in_words(str(protocol["weighting"])),
             markdown(["data", "configuration", *names.values(), *exact.values()], rows), **protocol)
         claims_table(claims)                                # whether they are what `judge` gives
         Counter(c["verdict"].split(" (")[0] for c in claims)
@@ -302,7 +301,7 @@ def read_runs(runs, out, key):
 
 
 KEY = ("data", "size", "noise", "method", "lam", "flags", "tuned", "sampler", "steps", "attack", "percent")
-PRICE = ("reg_share", "balance", "network", "step")         # what tells apart the rows of `price`
+PRICE = ("reg_share", "weighting", "network", "step")         # what tells apart the rows of `price`
 
 
 def pool(scores, key):
@@ -402,6 +401,16 @@ def label_of(data):
     return DATA.get(data["data"], str(data["data"])) + (f" {size}×{size}" if size else "")
 
 
+def in_words(*weightings):
+    """Those of beyond.py that are not the paper's alone, for a caption."""
+    return "" if weightings == ("paper",) else f", weighting {', '.join(weightings)}"
+
+
+def sampler_name(sampler):
+    """--sampler as a table has it."""
+    return "Heun" if sampler == "heun" else sampler.upper()
+
+
 def span(values):
     """The smallest and the largest of some numbers."""
     values = sorted({v for v in values if v is not None})
@@ -419,9 +428,9 @@ def scale(used):
         text.append(f"{data}: network {', '.join(sorted({r['network'] for r in here}))}, trained for "
                     f"{span(r['step'] for r in here)} steps of {span(r['batch'] for r in here)} images"
                     + (f", regulariser on {' or '.join(map(plain, shares))} of them" if shares != [1] else "")
-                    + (", balanced" if any(r["balance"] for r in here) else "")
+                    + in_words(*sorted({r["weighting"] for r in here}))
                     + f"; {span(r['n'] for r in here)} samples, " + ", ".join(
-                        f"{name.upper()} {span(r['steps'] for r in here if r['sampler'] == name)} steps"
+                        f"{sampler_name(name)} {span(r['steps'] for r in here if r['sampler'] == name)} steps"
                         for name in dict.fromkeys(r["sampler"] for r in here)))
     seeds = Counter(name for name, _ in {(r["cell"], r["seed"]) for r in used}).values()
     text.append(f"{span(seeds)} seed(s)" + (", ± their sample deviation" if max(seeds) > 1 else ""))
@@ -831,20 +840,20 @@ def price(results):
         here = [r for method, lam in (("ddpm", None), ("adv", 0.3))
                 for r in matching(results.records, kind | dict(method=method, lam=lam, tuned=False))]
         numbers, rows = names_of(here, kind, [*QUALITY, "PSNR (dB)", "noise estimate"]), []
-        ways = {tuple(r[name] for name in ("lam", "step", "network", "balance", "reg_share")) for r in here}
+        ways = {tuple(r[name] for name in ("lam", "step", "network", "weighting", "reg_share")) for r in here}
         ways = sorted(ways, key=lambda way: (way[0] or 0, *way[1:4], -way[4]))
-        for lam, step, network, balance, share in ways:
+        for lam, step, network, weighting, share in ways:
             method = "adv" if lam else "ddpm"
-            own = of(method, **kind, step=step, network=network, balance=balance, reg_share=share)
+            own = of(method, **kind, step=step, network=network, weighting=weighting, reg_share=share)
             measured = {name: own[name] for name in ("data", "size", "network", "method", "reg_share")}
             cells = [cell(results.benchmarks, "cost", measured), *(cell(here, n, own) for n in numbers),
                      cell(here, "displacement", own | dict(attack="fgsm", percent=100))]
-            rows.append(([METHODS[method], plain(share) if lam else DASH, "yes" if balance else "no", network,
+            rows.append(([METHODS[method], plain(share) if lam else DASH, weighting, network,
                           f"{step:,}"], cells))
         title = f"{label_of(kind)}, {kind['noise']}"
         header = ["cost of a step (× DDPM's)", *numbers, "displacement"]
         text += f"{title}. {scale(here)}\n\n"
-        text += markdown(["model", "share", "balanced", "network", "steps trained", *header],
+        text += markdown(["model", "share", "weighting", "network", "steps trained", *header],
                          [[*labels, *map(show, cells)] for labels, cells in rows])
         text += scatter(results, tail, title, header, rows) + "\n"
     return "The price (beyond the paper): the regulariser on a share of the batch", (
@@ -853,19 +862,25 @@ def price(results):
 
 def optimum(results):
     """Networks on subspace data beside what gaussian.py says of the method: how far their training came."""
-    numbers, names = ("FD-exact", "ρ", "variance kept"), ("data", "size", "noise", "method", "lam", "tuned",
-                                                          "sampler", "steps", "rule")
-    found = [r for r in results.records if "rule" in r and not r["attack"]]
-    rows = []
-    for way in dict.fromkeys(tuple(r[name] for name in names) for r in found):
+    numbers, names = ("FD-exact", "ρ", "variance kept"), (
+        "data", "size", "noise", "method", "lam", "odd", "tuned", "step", "sampler", "steps", "rule")
+    found, rows = {}, []
+    for r in results.scores:
+        if "rule" in r and not r["attack"]:                 # with settings that no other table takes, too
+            way = tuple(r[name] for name in names)
+            found.setdefault((way, r["seed"]), dict(r, cell=way))
+    found = list(found.values())
+    for way in dict.fromkeys(sorted((r["cell"] for r in found), key=str)):
         where = dict(zip(names, way))
         pairs = [(cell(found, n, where), cell(found, n + EXACT, where)) for n in numbers]
         model = METHODS[where["method"]] + (f", λ {where['lam']}" if where["lam"] else "") + (
-            ", fine-tuned" if where["tuned"] else "")
-        rows.append([label_of(where), where["noise"], model, f"{where['sampler'].upper()} {where['steps']}",
-                     *(f"{show(ours)} ({show(form)})" for ours, form in pairs), where["rule"]])
-        results.claims.append(at_optimum(", ".join([*rows[-1][:4], numbers[0]]), pairs[0][0], pairs[0][1][0]))
-    header = ["data", "training data", "model", "sampling", *(f"{n} (closed form)" for n in numbers), "rule"]
+            f", {where['odd']}" if where["odd"] else "") + (", fine-tuned" if where["tuned"] else "")
+        sampling = f"{sampler_name(where['sampler'])} {where['steps']}"
+        rows.append([label_of(where), where["noise"], model, f"{where['step']:,}", sampling,
+                     *(f"{show(ours)} ({show((form[0], None))})" for ours, form in pairs), where["rule"]])
+        results.claims.append(at_optimum(", ".join([*rows[-1][:5], numbers[0]]), pairs[0][0], pairs[0][1][0]))
+    header = ["data", "training data", "model", "steps trained", "sampling",
+              *(f"{n} (closed form)" for n in numbers), "rule"]
     return "The closed form (beyond the paper): how near training is to the method's optimum", (
         f"{scale(found)} What is far from it is a training to be mended, and no fact about the method.\n\n"
         f"{markdown(header, rows)}" if rows else "Not measured yet.")
@@ -879,15 +894,15 @@ def scatter(results, tail, title, header, rows):
     figure, axes = results.plt.subplots(1, count, figsize=(3 * count, 3), layout="constrained")
     for k, ax in enumerate(axes, 1):
         shown = [(labels, cells[0], cells[k]) for labels, cells in rows if cells[0] and cells[k]]
-        for (model, share, balanced, *_), x, y in shown:
-            ax.errorbar(x[0], y[0], y[1], x[1], capsize=2, fmt="s" if balanced == "yes" else "o",
+        for (model, share, weighting, *_), x, y in shown:
+            ax.errorbar(x[0], y[0], y[1], x[1], capsize=2, fmt="o" if weighting == "paper" else "s",
                         color=COLOURS["ddpm" if share == DASH else "adv"])
             ax.annotate(model if share == DASH else share, (x[0], y[0]), (4, 4), fontsize=7,
                         textcoords="offset points")
         sizes = [y[0] for _, _, y in shown] or [1]
         far = max(sizes) > 20 * min(sizes) > 0
         ax.set(xlabel=header[0], ylabel=header[k], yscale="log" if far else "linear")
-    figure.suptitle(f"{title}; beside each point the share, squares: balanced", fontsize=9)
+    figure.suptitle(f"{title}; beside each point the share, squares: not the paper's weighting", fontsize=9)
     return chart(results, f"price-{tail}", figure)
 
 
@@ -949,7 +964,8 @@ def main(argv=None):
     sections.insert(0, ("Results", f"{origin(args)}\n\n{HEADER}{charts}"))
     if results.claims:
         sections.append(("Claims", f"{said.capitalize()}. {CLAIMS}\n\n{claims_table(results.claims)}"))
-    shown = {r["path"] for r in results.records}
+    shown = {r["path"] for r in results.records} | {
+        r["path"] for r in results.scores if "optimum" in args.tables and "rule" in r and not r["attack"]}
     left = [f"- `{r['path'].relative_to(args.runs)}`: {r['left'] or 'another has its cell'}"
             for r in results.scores if r["path"] not in shown]
     if left:

@@ -9,9 +9,10 @@
 #   bash run_all.sh test                   the tests
 #
 # Tables: cost toy fig3 table1 table2 fig6 fig7 fig8 table4 table5 (fig. 4, 5, 12 to 24 come with them), and, only
-# where it is asked for, quick's price: the cost of the regulariser, beyond the paper. They are made one after
-# another, the cheapest first, each followed by report.py. The commands of one model are a chain; chains run side by
-# side. What is there already is skipped: a run that was stopped goes on. A command that fails ends its chain alone.
+# where it is asked for, two of quick's that are beyond the paper: price, the cost of the regulariser, and theory, the
+# closed form beside trained networks. They are made one after another, the cheapest first, each followed by report.py.
+# The commands of one model are a chain; chains run side by side. What is there already is skipped: a run that was
+# stopped goes on. A command that fails ends its chain alone.
 #
 # PYTHON=python3            this environment as it is, instead of a .venv made here
 # LANES=4                   chains at a time (default: paper one a GPU; quick and dry the cores, at most 8)
@@ -26,12 +27,12 @@ cd "$(dirname "$0")"
 # ------------------------------------------------------------------------------------------------- the scales
 
 quick() {
-    TABLES="cost fig6 fig7 table1 fig8 toy fig3 table2 table4 table5" BEYOND=price ROOT=runs/quick DATA=data
+    TABLES="cost fig6 fig7 table1 fig8 toy fig3 table2 table4 table5" BEYOND="price theory" ROOT=runs/quick DATA=data
     MAIN=subspace DATASETS=subspace FIG7=subspace FIG7_NOISES="0.9:0.2" TABLE4=subspace
     SUBSPACE_IMAGES=shapes SIZE=4
     SEEDS="0 1 2" STEPS=600 TUNE=150 FULL=100 DDIM=50 N=256 N_ATTACK=128 ATTACK_STEPS=48
-    # So short a training needs --balance: FD-exact is ten times larger without, high noise levels not learnt yet.
-    TRAIN="--preset small --mult 1 --batch 32 --lr 2e-3 --ema 0.99 --balance --sample-every 150"
+    # So short a training needs another weighting: FD-exact is ten times larger without, high noise levels not learnt yet.
+    TRAIN="--preset small --mult 1 --batch 32 --lr 2e-3 --ema 0.99 --weighting balanced --sample-every 150"
     SAMPLE="--batch 256" ATTACK="--iters 5 --eot 2" FEATURES="--features pixels" METRIC=fd-pixels
     TOY="" TOY_SWEEP="--seeds 1" LARGE_TRAIN="" LARGE_SAMPLE=""
     ABOUT="4x4 subspace data, $STEPS steps a model: about 30 minutes on two slow cores, price two hours more"
@@ -140,14 +141,14 @@ table5() {
     done
 }
 
-# Beyond the paper: the regulariser on a share of the batch, with and without --balance, on 3-D data, on 8x8
-# subspace data and on real images, where a step is arithmetic and not overhead.
+# Beyond the paper: the regulariser on a share of the batch, with the paper's weighting and balanced, on 3-D data,
+# on 8x8 subspace data and on real images, where a step is arithmetic and not overhead.
 price() {
     ROOT=runs/price REPORT="--tables price"
     toy3d toy3d-reg-share --sweep reg-share
-    toy3d toy3d-reg-share-balance --sweep reg-share --balance
+    toy3d toy3d-reg-share-balanced --sweep reg-share --weighting balanced
     toy3d toy3d-reg-share-3-gaussians --sweep reg-share --data 3-gaussians
-    toy3d toy3d-reg-share-3-gaussians-balance --sweep reg-share --data 3-gaussians --balance
+    toy3d toy3d-reg-share-3-gaussians-balanced --sweep reg-share --data 3-gaussians --weighting balanced
     SIZE=8 STEPS=1000 FULL=100 ATTACK_STEPS=100 N_ATTACK=64
     TRAIN="--preset small --mult 1,1 --batch 64 --lr 1e-3 --ema 0.99"
     prices subspace "0 1 2"
@@ -155,6 +156,28 @@ price() {
     SIZE=16 STEPS=400 FULL=50 ATTACK_STEPS=50 N_ATTACK=32
     TRAIN="--preset small --mult 1,2 --attn 8 --batch 32 --lr 2e-3 --ema 0.98"
     prices cifar10 "0 1"
+}
+
+# Beyond the paper: what gaussian.py predicts, measured on networks that are trained towards it.
+theory() {
+    local seed noise
+    ROOT=runs/theory REPORT="--tables optimum" SIZE=8 STEPS=1600 N=1000 SAMPLE="--batch 500"
+    TRAIN="--preset small --mult 1,1 --batch 64 --lr 1e-3 --ema 0.99 --precondition --weighting edm"
+    for seed in $SEEDS; do
+        for noise in "1 0.2" "0.9 0.2" "0 0"; do
+            theoretical ddpm "$noise" "$seed" ddpm
+            theoretical adv "$noise" "$seed" omega2
+            theoretical adv "$noise" "$seed" omega8 --omega 8
+            theoretical ran "$noise" "$seed" lam0.762 --lam 0.762      # of random delta, 2.54 times as much
+        done
+    done
+}
+
+theoretical() {                                             # METHOD NOISE SEED NAME [flags]
+    model subspace "$1" $2 "$4-seed$3" --seed "$3" "${@:5}"
+    samples ddpm 100
+    samples heun 18
+    judge
 }
 
 prices() {                                                  # DATA SEEDS
@@ -166,7 +189,7 @@ prices() {                                                  # DATA SEEDS
     priced "$1" 0 adv share1
 }
 
-balanced() { priced "$1" "$2" adv "share$3-balance" --reg-share "$3" --balance; }       # DATA SEED SHARE
+balanced() { priced "$1" "$2" adv "share$3-balanced" --reg-share "$3" --weighting balanced; }    # DATA SEED SHARE
 
 priced() {                                                  # DATA SEED METHOD NAME [flags]
     model "$1" "$3" 0.9 0.2 "$4-seed$2" --seed "$2" "${@:5}"
@@ -448,6 +471,7 @@ names = os.environ.get('CUDA_VISIBLE_DEVICES') or ','.join(map(str, range(count)
 print('GPUs:', *names.split(',')[:count])" 2> /dev/null) || true
 if [ "${DEVICES%%:*}" != GPUs ]; then
     reason=$("$PYTHON" -c "$needed" 2>&1 | tail -n 1) || true
+    reason=${reason#*: line *: "$PYTHON": }                 # bash's own begins so
     fail "$PYTHON: ${reason:-this is no Python}; requirements.txt says what is needed"
 fi
 DEVICES=${DEVICES#GPUs:}

@@ -1,7 +1,9 @@
-"""Sampling: Eq. 4 (DDPM) and DDIM from a checkpoint, image by image reproducible, on any number of processes.
+"""Sampling: Eq. 4 (DDPM), DDIM and Heun's method from a checkpoint, image by image reproducible, on any
+number of processes.
 
     python sample.py runs/shapes-adv --num-samples 64 --out samples.npz
     python sample.py runs/cifar10-adv --num-samples 50000 --sampler ddim --steps 250 --out ddim.npz
+    python sample.py runs/cifar10-adv --num-samples 50000 --sampler heun --out heun.npz     # 35 evaluations
     torchrun --nproc_per_node 8 sample.py runs/cifar10-adv --num-samples 50000 --batch 500 --out samples.npz
     python sample.py cifar10_uncond_50M_500K.pt --size 32 --schedule cosine --timesteps 4000 --steps 500
 
@@ -34,7 +36,7 @@ from checkpoints import check_disk, check_memory, load_model
 from common import (NOISE_BLOCK, Progress, UserError, as_bytes, atomic_write, check_out, check_ranges,
                     command_line, image_noise, is_first_process, locked, noise_estimate, parser_of,
                     protocol_in, save_grid, sha256_of, start_processes)
-from unet import at, expand, in_bfloat16
+from unet import at, in_bfloat16
 
 PATIENCE = 600          # seconds that a process waits for another without a sign of life
 HEARTBEAT = 5           # seconds between the signs of life of one that others wait for
@@ -58,28 +60,38 @@ def split_output(out, x_t):
 
 
 def reverse_step(model, schedule, x_t, i, z=None, sampler="ddpm", variance="large", clamp=(-1.0, 1.0)):
-    """One step of the reverse process, by ONE evaluation of the network -> Reverse.
+    """One step of the reverse process, by one evaluation of the network, or Heun's two -> Reverse.
 
-    x_t [B, C, H, W]; i [B] indices into the schedule; z [..., B, C, H, W]: Eq. 4's standard normal noise,
-    which the last step (i = 0) leaves out; without it x_{t-1} is the mean. sampler: `ddpm`, or `ddim` with
-    eta = 0 (Song et al. 2021a), which has no noise. variance: `large`, `small` or `learned`. clamp: the range
-    of x0_hat, or None.
+    x_t [B, C, H, W]; i: the index into the schedule; z [..., B, C, H, W]: Eq. 4's standard normal noise,
+    which the last step (i = 0) leaves out; without it x_{t-1} is the mean. sampler: `ddpm`; `ddim` with eta =
+    0 (Song et al. 2021a), which has no noise; or `heun` (Karras et al. 2022), DDIM's step with the mean of
+    the eps_hat at its two ends, but for the last. variance: `large`, `small` or `learned`. clamp: the range
+    of every x0_hat, or None. The x0_hat given back is that of x_t.
     """
-    eps_hat, v = split_output(model(x_t, schedule.t[i]), x_t)
-    x0_hat = schedule.predicted_x0(x_t, i, eps_hat)                                 # section A.2
-    if clamp is not None:
-        x0_hat = x0_hat.clamp(*clamp)
-    sigma = torch.exp(0.5 * schedule.log_variance(variance, x_t, i, v))             # Algorithm 3, line 2
-    if sampler == "ddim":
-        eps_hat = x_t - at(schedule.sqrt_alpha_bar, i, x_t) * x0_hat          # again, from the clamped x0_hat
-        eps_hat = eps_hat / at(schedule.sqrt_one_minus_alpha_bar, i, x_t)
-        mean = (at(schedule.sqrt_alpha_bar_prev, i, x_t) * x0_hat
+    def denoised(x, i):
+        eps_hat, v = split_output(model(x, schedule.t[i].expand(len(x))), x)
+        x0_hat = schedule.predicted_x0(x, i, eps_hat)                               # section A.2
+        return x0_hat if clamp is None else x0_hat.clamp(*clamp), v
+
+    def implied_eps(x, i, x0_hat):                                            # again, from the clamped x0_hat
+        return (x - at(schedule.sqrt_alpha_bar, i, x) * x0_hat) / at(schedule.sqrt_one_minus_alpha_bar, i, x)
+
+    def with_less_noise(x0_hat, eps_hat):
+        return (at(schedule.sqrt_alpha_bar_prev, i, x_t) * x0_hat
                 + at(schedule.sqrt_one_minus_alpha_bar_prev, i, x_t) * eps_hat)
-        return Reverse(mean, mean, sigma, x0_hat)
-    mean = schedule.posterior_mean(x0_hat, x_t, i)     # Eq. 4's bracket, equal to it where nothing is clamped
-    if z is None:
-        return Reverse(mean, mean, sigma, x0_hat)
-    return Reverse(mean + expand((i > 0).float(), x_t) * sigma * z, mean, sigma, x0_hat)        # Eq. 4
+
+    x0_hat, v = denoised(x_t, i)
+    sigma = torch.exp(0.5 * schedule.log_variance(variance, x_t, i, v))             # Algorithm 3, line 2
+    if sampler == "ddpm":
+        mean = schedule.posterior_mean(x0_hat, x_t, i)      # Eq. 4's bracket, equal where nothing is clamped
+        x = mean if z is None else mean + (i > 0) * sigma * z                       # Eq. 4
+        return Reverse(x, mean, sigma, x0_hat)
+    eps_hat = implied_eps(x_t, i, x0_hat)
+    mean = with_less_noise(x0_hat, eps_hat)
+    if sampler == "heun" and i > 0:
+        eps_hat = (eps_hat + implied_eps(mean, i - 1, denoised(mean, i - 1)[0])) / 2
+        mean = with_less_noise(schedule.predicted_x0(x_t, i, eps_hat), eps_hat)
+    return Reverse(mean, mean, sigma, x0_hat)
 
 
 @torch.no_grad()
@@ -87,15 +99,14 @@ def sample(model, schedule, noise, sampler="ddpm", variance="large", clamp=(-1.0
     """x_0 [B, C, H, W] from the whole reverse process.
 
     noise yields x_T and then, for ddpm, the z of one step after the other, as `image_noise` does. attack(x_t,
-    step, z) -> x_t: called before every step with its index into the schedule, len(schedule) - 1 first, and
-    the noise that the step will take (None for ddim).
+    i, z) -> x_t: called before every step with its index into the schedule, len(schedule) - 1 first, and the
+    noise that the step will take (None but for ddpm).
     """
     x_t = next(noise)
-    for step in reversed(range(len(schedule))):
+    for i in reversed(range(len(schedule))):
         z = next(noise) if sampler == "ddpm" else None
         if attack is not None:
-            x_t = attack(x_t, step, z)
-        i = torch.full((len(x_t),), step, device=x_t.device)
+            x_t = attack(x_t, i, z)
         x_t = reverse_step(model, schedule, x_t, i, z, sampler, variance, clamp).x
     return x_t
 
@@ -107,8 +118,10 @@ def add_arguments(parser):
     add = parser.add_argument
     add("run", help="train.py's --out folder, or a checkpoint file (ours or improved-diffusion's)")
     add("--num-samples", type=int, default=64, help="number of images (default 64; the paper's FID: 50000)")
-    add("--sampler", choices=["ddpm", "ddim"], default="ddpm", help="Eq. 4, or DDIM with eta = 0")
-    add("--steps", type=int, help="sampling steps (default: all timesteps for ddpm, 250 for ddim)")
+    add("--sampler", choices=["ddpm", "ddim", "heun"], default="ddpm", help="Eq. 4, DDIM with eta = 0, or "
+        "Heun's method as in EDM, which evaluates the network twice a step (default ddpm)")
+    add("--steps", type=int, help="sampling steps (default: all timesteps for ddpm, 250 for ddim, 18 for "
+        "heun)")
     add("--variance", choices=["large", "small", "learned"], help="of Eq. 4's noise: beta, the posterior's, "
         "or the network's own (default: learned where the network has it, else large)")
     add("--batch", type=int, default=128, help="images at a time, per process (default 128)")
@@ -136,7 +149,7 @@ def say_idle(parser, argv, idle):
 
 def idle_in_sampling(args):
     """Of the flags of `add_arguments`, for `say_idle`."""
-    return [(["variance"], "on --sampler ddim")] if args.sampler == "ddim" else []
+    return [(["variance"], f"on --sampler {args.sampler}")] if args.sampler != "ddpm" else []
 
 
 def open_job(args):
@@ -153,8 +166,9 @@ def open_job(args):
     process = start_processes(join=False)                   # shards need no collective: nothing can time out
     model, schedule, config, step = load_model(args.run, args.raw, args.size, args.heads, args.schedule,
                                                args.timesteps)
-    steps = args.steps or (len(schedule) if args.sampler == "ddpm" else min(250, len(schedule)))
-    schedule = schedule.respaced(steps)
+    T = len(schedule)
+    steps = args.steps or dict(ddpm=T, ddim=min(250, T), heun=min(18, T))[args.sampler]
+    schedule = schedule.respaced_by_noise(steps) if args.sampler == "heun" else schedule.respaced(steps)
     learned, data, network = config["network"]["learn_sigma"], config["data"], config["network"]
     maps = network["channels"] * (network["res_blocks"] + 1) + network["in_channels"] * 2 * NOISE_BLOCK
     images = min(args.batch, args.num_samples)
@@ -257,6 +271,18 @@ def wait_for(there, what, advice, signs=lambda: None):
     return found
 
 
+def difference(there, now):
+    """The first setting in which two protocols differ, in words."""
+    there = there if isinstance(there, dict) else {}        # a foreign file's
+    for name, value in now.items():
+        was = there.get(name)
+        if isinstance(was, dict) and isinstance(value, dict) and was != value:
+            return f"{name}: {difference(was, value)}"
+        if was != value:
+            return f"{name} {str(was)[:60]}, now {str(value)[:60]}"
+    return "it has more settings"
+
+
 class Shards:
     """The images of one .npz while they are being made: shard k is a file with images k*batch ... of them.
 
@@ -283,7 +309,7 @@ class Shards:
                 return self.out
             try:
                 return json.loads(note.read_text()) if note.exists() else None
-            except (OSError, ValueError) as error:
+            except (OSError, ValueError, RecursionError) as error:
                 raise UserError(f"{note}: damaged ({error}); delete the folder {self.folder}") from error
 
         there = begun() if first else wait_for(begun, f"the first process to begin {self.folder}", "is it "
@@ -293,15 +319,18 @@ class Shards:
             if first:                                       # one that was killed may have left it
                 shutil.rmtree(self.folder, ignore_errors=True)
             return False
+        if first and os.path.lexists(self.out):
+            how = difference(protocol_of(self.out), self.protocol)
+            raise UserError(f"--out {self.out}: is there already, made otherwise ({how}); delete it, or "
+                            "choose another --out")
         if there is None:                                   # shards that nobody knows anything of are no use
             shutil.rmtree(self.folder, ignore_errors=True)
             images = self.protocol["num_samples"] * math.prod(self.shape) * self.dtype.itemsize
             check_disk(self.out, 2 * images)                # the shards, then the .npz
         elif there != self.protocol:
-            there = there if isinstance(there, dict) else {}
-            name = next(k for k in there | self.protocol if there.get(k) != self.protocol.get(k))
-            raise UserError(f"{self.folder}: holds shards of another run ({name} {there.get(name)}, now "
-                            f"{self.protocol.get(name)}); finish that, delete them, or choose another --out")
+            raise UserError(f"{self.folder}: holds shards of another run "
+                            f"({difference(there, self.protocol)}); finish that, delete them, or choose "
+                            "another --out")
         if first:
             with atomic_write(note) as temporary:
                 temporary.write_text(json.dumps(self.protocol))
@@ -344,13 +373,22 @@ class Shards:
         """Whether shard k is there. One that a crash of the machine has damaged is not, and is made again."""
         try:
             shard = np.load(self.path(k), mmap_mode="r", allow_pickle=False)
-            if (shard.shape, shard.dtype) == ((len(self.indices(k)), *self.shape), self.dtype):
+            if ((shard.shape, shard.dtype) == ((len(self.indices(k)), *self.shape), self.dtype)
+                    and (not self.protocol["attack"] or self.measures(k))):
                 return True
         except (OSError, ValueError, EOFError, AttributeError):
             pass
         with contextlib.suppress(OSError):                  # it is not there, or a folder
             self.path(k).unlink()
         return False
+
+    def measures(self, k):
+        """The measures of an attacked shard, a dict of numbers; None where they are lost or damaged."""
+        try:
+            found = json.loads(self.path(k).with_suffix(".json").read_text())
+            return found if all(math.isfinite(value) for value in found.values()) else None
+        except (OSError, ValueError, TypeError, AttributeError, RecursionError):
+            return None
 
     def write(self, k, images, measures=None):
         """Keeps the images [B, H, W, C] of shard k, which is finished once they are there, and its
@@ -379,9 +417,8 @@ class Shards:
         some = [np.load(path, allow_pickle=False) for path in paths[:math.ceil(64 / self.protocol["batch"])]]
         some = np.concatenate(some)[:64]
         save_grid(some if some.dtype == np.uint8 else as_bytes(some), self.out.with_suffix(".png"))
-        notes = [path.with_suffix(".json") for path in paths]
         if finish:
-            finish([json.loads(note.read_text()) for note in notes if note.exists()])
+            finish([self.measures(k) for k in range(len(self))])
         header = dict(descr=np.lib.format.dtype_to_descr(some.dtype), fortran_order=False,
                       shape=(self.protocol["num_samples"], *some.shape[1:]))
         with atomic_write(self.out) as temporary, zipfile.ZipFile(temporary, "w") as archive:

@@ -5,7 +5,7 @@ C.2, D).
     python toy3d.py --data oblique-plane --noise inlier --method adv
     python toy3d.py --sweep lam                             # noise removed against variance lost
     python toy3d.py --sweep omega
-    python toy3d.py --sweep reg-share --balance             # beyond the paper, see beyond.py
+    python toy3d.py --sweep reg-share --weighting balanced  # beyond the paper, see beyond.py
 
 Writes OUT/toy3d.json (a sweep: toy3d-lam.json ...), which report.py reads, and figures beside it.
 The loss is train.py's, the sampler sample.py's, the attack attack.py's. All networks of a method (data sets,
@@ -190,25 +190,28 @@ def draws_of(setups, step, batch):
     return map(torch.stack, zip(*(own[s.seed] for s in setups)))
 
 
-def train(setups, steps, batch, balance=False, lr=3e-3):
+def train(setups, steps, batch, weighting="paper", lr=3e-3):
     """Algorithm 1 for one network a setup, side by side: all of one method, lam_units and reg_share.
 
     What becomes of a network depends on its setup alone. -> Networks, without gradients.
     """
     (method, lam_units, reg_share), = {(s.method, s.lam_units, s.reg_share) for s in setups}
-    schedule, nets = Schedule.named("linear", T).to("cpu"), Networks([s.seed for s in setups])
+    exact, nets = Schedule.named("linear", T), Networks([s.seed for s in setups])
+    schedule = exact.to("cpu")
     optimizer = torch.optim.AdamW(nets.parameters(), lr=lr, weight_decay=0.0, fused=True)
     rate = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     lam, omega = (torch.tensor([[getattr(s, name)] for s in setups]) for name in ("lam", "omega"))  # [S, 1]
     regulariser = dict(lam=lam, lam_units=lam_units, omega=omega)
     lam_t = lambda_t(schedule, torch.arange(T), torch.ones(T), **regulariser)                       # [S, T]
+    tables = beyond.weights(exact, weighting, sigma_data=1.0, method=method, lam=lam.double().numpy(),
+                            omega=omega.double().numpy(), lam_units=lam_units)
     points = torch.stack([standardised(s.data, training_points(s.data, s.noise, s.seed)) for s in setups])
     which = torch.arange(len(setups))[:, None]                                                      # [S, 1]
     progress = Progress(steps, "steps", f"{method} x {len(setups)}")
     for step in range(steps):
         order, t, beta, eps, u, chance = draws_of(setups, step, batch)                  # [S, B] or [S, B, 3]
         x_0 = points[which, order]                                                      # [S, B, 3]
-        t, weight, parts = beyond.plan(lam_t, t, chance, method, reg_share, balance)    # [S, B]
+        t, weight, parts = beyond.plan(lam_t, t, chance, method, reg_share, *tables)    # [S, B]
         optimizer.zero_grad()
         for rows, kind, strength in parts:
             own = slice(None), rows                         # of every network
@@ -272,10 +275,9 @@ def thrown(nets, schedule, setups):
     steps = attacked_steps(len(schedule), ATTACKED, "spread")
     draws = noise_of("toy attack", setups, VICTIMS)
 
-    def attack(x_t, step, z):
-        if step not in steps:
+    def attack(x_t, i, z):
+        if i not in steps:
             return x_t
-        i = torch.full((len(x_t),), step)
         one_step = functools.partial(reverse_step, nets, schedule, i=i, clamp=None)
         normal, gradient = (lambda: next(draws)), (lambda L, x: gradient_of(L, x)[0])
         clean, x_t, control = x_t.chunk(3, dim=1)           # three trajectories of the same noise
@@ -294,10 +296,10 @@ def traced(nets, schedule, setups, count):
     [T / EVERY + 1, S, TRACES, 3], from x_T to x_0."""
     progress, trace = Progress(T, "steps", f"{setups[0].method} sampling"), []
 
-    def look(x_t, step, z):
-        if (step + 1) % EVERY == 0:                         # T - 1, T - 1 - EVERY, ...
+    def look(x_t, i, z):
+        if (i + 1) % EVERY == 0:                            # T - 1, T - 1 - EVERY, ...
             trace.append(x_t[:, :TRACES])
-        progress.update(T - step)
+        progress.update(T - i)
         return x_t
 
     x_0 = sample(nets, schedule, noise_of("toy samples", setups, count), clamp=None, attack=look)
@@ -574,7 +576,7 @@ def arguments(argv):
     add("--method", choices=METHODS, help="one method (default: all; a sweep: adv)")
     add("--sweep", choices=[name.replace("_", "-") for name in SWEEPS], help="vary lambda, with both "
         "readings of lambda_t, or omega, or the share of the batch that is regularised")
-    add("--balance", action="store_true", help="divide the loss at t by 1 + lambda_t, see beyond.py")
+    beyond.add_weighting(parser)
     add("--lam", type=float, default=0.3, help="lambda, the strength of the regulariser (default 0.3)")
     add("--lam-units", choices=["x", "eps"], default="x", help="lambda_t = lambda sqrt(3) / (beta R): R in "
         "units of x_t (default) or of eps")
@@ -619,18 +621,19 @@ def main(argv=None):
           "points each", flush=True)
     for group in groups:
         setups += group
-        results += measure(train(group, args.steps, args.batch, args.balance), group, args.num_samples)
+        results += measure(train(group, args.steps, args.batch, args.weighting), group, args.num_samples)
     records = summary(setups, results, args.sweep)
     claims = claims_of(records)
 
-    chosen = args.sweep, args.data, args.noise, args.method, "balance" if args.balance else None
+    weighting = None if args.weighting == "paper" else args.weighting
+    chosen = args.sweep, args.data, args.noise, args.method, weighting
     name = "-".join(["toy3d", *(part.replace("_", "-") for part in chosen if part)])
     figures = []
     if (args.sweep or name == "toy3d") and (plt := pyplot()):
         figures = ([draw_sweep(args.out / f"{name}.png", records, args.sweep, plt)] if args.sweep else
                    draw_figures(args.out, setups, results, plt))
     protocol = dict(steps=args.steps, batch=args.batch, num_samples=args.num_samples, seeds=args.seeds,
-                    balance=args.balance, sweep=args.sweep, device="cpu", torch=torch.__version__,
+                    weighting=args.weighting, sweep=args.sweep, device="cpu", torch=torch.__version__,
                     figures=[path.name for path in figures])
     write_json(args.out / f"{name}.json", dict(protocol=protocol, records=records, claims=claims))
 

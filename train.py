@@ -5,6 +5,7 @@
     torchrun --nproc_per_node 8 train.py --data cifar10 --method ddpm --out runs/ddpm
     python train.py --data cifar10 --p 0.9 --sigma 0.2 --method ambient --flags conf1     # Table 5's baseline
     python train.py --data cifar10 --init public.pt --schedule cosine --timesteps 4000 --learn-sigma
+    python train.py --p 0.9 --sigma 0.2 --precondition --weighting edm          # beyond the paper: quicker
     python train.py --data cifar10 --batch 16 --benchmark                  # what a step costs on this machine
 
 The same command again goes on from the last checkpoint. RUN/checkpoint.pt is what sample.py and the others
@@ -38,7 +39,7 @@ from common import (POSITIVE, Progress, UserError, as_bytes, atomic_write, broad
                     save_grid, sha256_of, start_processes, stream_seed, together, write_json)
 from data import Images
 from sample import sample, say_idle, split_output
-from unet import PRESETS, Schedule, UNet, at, expand, in_bfloat16
+from unet import PRESETS, Schedule, at, built, expand, in_bfloat16
 
 GRID = 36               # images of a sample grid, made with 50 DDIM steps: sample.py's of seed 0
 STREAMS = 2       # raised when a run's random numbers change: a run that another version began is not resumed
@@ -202,9 +203,10 @@ class Trainer:
 
     def __init__(self, config, microbatch, compile, process):
         self.config, self.settings, self.process = config, config["training"], process
-        self.schedule = Schedule.named(**config["process"]).to(process.device)
         torch.manual_seed(stream_seed("weights", self.settings["seed"]))        # the same in every process
-        self.model = UNet(**config["network"]).to(process.device, memory_format=torch.channels_last)
+        model, schedule = built(config)
+        self.model = model.to(process.device, memory_format=torch.channels_last)
+        self.schedule = schedule.to(process.device)
         self.network = torch.compile(self.model) if compile else self.model
         if self.settings["amp"]:
             self.network = in_bfloat16(self.network, process.device)
@@ -217,6 +219,9 @@ class Trainer:
         self.regulariser = {name: self.settings[name] for name in ("lam", "lam_units", "omega", "gamma")}
         every_t = torch.arange(len(self.schedule), device=process.device)
         self.lam_t = lambda_t(self.schedule, every_t, torch.ones_like(every_t), **self.regulariser)     # [T]
+        tables = beyond.weights(schedule, self.settings["weighting"], self.settings["sigma_data"],
+                                method=self.settings["method"], **self.regulariser)
+        self.tables = [table if table is None else table.to(process.device) for table in tables]
 
     def advance(self, x_0, sigma_n=None):
         """Algorithm 1, once through its loop, on x_0 [rows, C, H, W], this process's part of the batch.
@@ -227,7 +232,7 @@ class Trainer:
         draws = draw(seed, self.step, batch, x_0.shape[1:], len(self.schedule), self.process.device)
         t, beta, eps, u, chance = (part[self.rows] for part in draws)
         t, weight, parts = beyond.plan(self.lam_t, t, chance, method, self.settings["reg_share"],
-                                       self.settings["balance"])  # by default: t, 1, and all rows in one part
+                                       *self.tables)         # by default: t, 1, and all rows in one part
         self.optimizer.zero_grad()
         losses = {}
         for rows, method, strength in self.microbatches(parts):
@@ -411,8 +416,10 @@ def arguments(argv=None):
     args.reg_share = beyond.rounded_share(args.reg_share, args.batch, world)
     idle = [] if args.p else [(["data_seed"], "without --p")]
     if args.method in ("ddpm", "ambient"):                  # their loss has one term
-        idle.append((["lam", "lam_units", "omega", "gamma", "reg_share", "balance"], on))
-        args.balance = False
+        idle.append((["lam", "lam_units", "omega", "gamma", "reg_share"], on))
+    if args.method == "ambient" or args.method == "ddpm" and args.weighting == "balanced":
+        idle.append((["weighting"], on))
+        args.weighting = "paper"
     if args.method != "ambient":
         idle.append((["flags", "sigma_known"], on))
         args.flags = args.sigma_known = None
@@ -432,7 +439,10 @@ def configuration(args, images, start, resume):
     --init, whose network and process the flags may only agree with, or, to `resume`, the run's own; or
     None."""
     chosen = dict(PRESETS[args.preset] if args.preset else {}, **given(args, *NETWORK))
-    network = dict(size=images.size, in_channels=images.shape[0], learn_sigma=False, scale_shift=True)
+    if args.precondition:
+        chosen["sigma_data"] = sigma_data_of(args, images)
+    network = dict(size=images.size, in_channels=images.shape[0], learn_sigma=False, scale_shift=True,
+                   sigma_data=None)
     network |= PRESETS[args.network] | chosen
     process = dict(schedule="linear", timesteps=1000) | given(args, *PROCESS)
     if args.init:
@@ -441,6 +451,8 @@ def configuration(args, images, start, resume):
             from_file, process_from_file = start["config"]["network"], start["config"]["process"]
         else:
             from_file, process_from_file = network_of(start, images.size, network["heads"]), process
+        if from_file["sigma_data"]:                         # preconditioned: its weights know no other
+            chosen.pop("sigma_data", None)
         for name, value in (chosen | given(args, *PROCESS)).items():
             if not resume and name != "dropout" and (from_file | process_from_file)[name] != value:
                 raise UserError(f"--init {args.init}: its {name} is {(from_file | process_from_file)[name]}, "
@@ -456,11 +468,22 @@ def configuration(args, images, start, resume):
     data = dict(name=args.data, size=images.size, count=len(images), sha256=images.info["sha256"], p=args.p,
                 sigma=args.sigma, data_seed=args.data_seed, low=images.low, high=images.high,
                 float_data=images.array.dtype != np.uint8)
-    names = ("method", "lam", "lam_units", "omega", "gamma", "reg_share", "balance", "flags", "sigma_known",
+    names = ("method", "lam", "lam_units", "omega", "gamma", "reg_share", "weighting", "flags", "sigma_known",
              "batch", "lr", "ema", "amp", "seed")
     training = {name: getattr(args, name) for name in names}
-    training |= dict(init=args.init and str(args.init), streams=STREAMS)
+    edm = args.weighting == "edm" and (network["sigma_data"] or sigma_data_of(args, images))
+    training |= dict(init=args.init and str(args.init), streams=STREAMS, sigma_data=edm or None)
     return dict(network=network, process=process, data=data, training=training)
+
+
+def sigma_data_of(args, images):
+    """The deviation of a data set's values, by its .json. UserError where it does not say."""
+    found = images.info.get("sigma_data")
+    if found is None or misfit(dict(sigma_data=found)):
+        raise UserError(f"--data {args.data}: its .json has sigma_data {found}, and a positive number is "
+                        "needed, the deviation of the images' values: delete it and "
+                        f"{images.array.filename}, and prepare the set again")
+    return found
 
 
 def open_images(args, first):
@@ -510,10 +533,15 @@ def check_same_run(args, there, now):
     def same(name, was, value):
         if name == "init" and was and value:                # two ways to write a path
             return os.path.abspath(str(was)) == os.path.abspath(value)
+        if name == "weighting" and was is None:             # there was another choice, --balance, once
+            return value == "paper" and not there["training"].get("balance")
         return was == value
 
-    differing = [f"{name} was {there[group].get(name)} and is now {value}" for group in now
-                 for name, value in now[group].items() if not same(name, there[group].get(name), value)]
+    notes = dict(init=": give the path as before, the file itself is not needed any more",
+                 sha256=": other images, or prepared by another version of Pillow: copy them from there")
+    differing = [f"{name} was {there[group].get(name)} and is now {value}{notes.get(name, '')}"
+                 for group in now for name, value in now[group].items()
+                 if not same(name, there[group].get(name), value)]
     if differing:
         raise UserError(f"--out {args.out} holds another run: {'; '.join(differing)}. Give the same "
                         "settings, or another --out")
@@ -522,8 +550,7 @@ def check_same_run(args, there, now):
 def check_room(args, config, process):
     """UserError, before the work, where the network, a batch or the checkpoints do not fit the machine."""
     network = config["network"]
-    with torch.device("meta"):
-        model = 4 * sum(p.numel() for p in UNet(**network).parameters())                # bytes
+    model = 4 * sum(p.numel() for p in built(config, "meta")[0].parameters())           # bytes
     rows = min(args.microbatch or args.batch, args.batch // process.world)
     maps = 4 * network["size"] ** 2 * network["channels"] * (network["res_blocks"] + 1)
     check_memory("the network", 5 * model, process.device)  # weights, gradients, EMA, AdamW's moments
@@ -618,16 +645,21 @@ def describe(args, config, trainer, images, assumed):
     attention = ", ".join(str(size) for size in resolutions(network) if size in network["attn"])
     attention = f"attention at {attention}" if attention else "no attention"
     method = (f", lambda {args.lam} ({args.lam_units} units), omega {args.omega}, gamma {args.gamma:.4f}, on "
-              f"{args.reg_share:g} of the batch{', balanced' if args.balance else ''}")
+              f"{args.reg_share:g} of the batch")
+    if args.method == "ddpm":
+        method = ""
     if args.method == "ambient":
         method = (f", sigma {args.sigma_known} known, {100 * (assumed > 0).mean():.1f} % of the images taken "
                   f"for noisy ({args.flags})")
     origin = f"from {args.init}" if args.init else args.network
+    if network["sigma_data"]:
+        attention += f", preconditioned for data of deviation {network['sigma_data']:.3g}"
+    weighting = "" if args.weighting == "paper" else f", weighting {args.weighting}"
     return (f"data      {args.data} {images.size}x{images.size}, {len(images)} images, {100 * args.p:g} % of "
             f"them with noise of sigma {args.sigma} (data seed {args.data_seed}); noise estimate "
             f"{noise:.3f}\nnetwork   {parameters:.2f} M parameters ({origin}), {attention}; "
             f"{config['process']['schedule']} schedule, T = {len(trainer.schedule)}\n"
-            f"method    {args.method}{'' if args.method == 'ddpm' else method}\n"
+            f"method    {args.method}{method}{weighting}\n"
             f"training  steps {trainer.step} to {args.steps}, batch {args.batch} on {trainer.process.world} "
             f"{trainer.process.device.type} process(es), {'bfloat16' if args.amp else 'float32'}\n"
             f"output    {args.out}/checkpoint.pt every {args.save_every} steps, log.jsonl, sample grids")
@@ -769,7 +801,7 @@ def main(argv=None):
             return
         log.say(describe(args, config, trainer, images, assumed))
         code = {f"{name}.py": sha256_of(Path(__file__).with_name(f"{name}.py"))[:12]
-                for name in ("train", "beyond", "unet", "checkpoints", "sample", "data", "common")}
+                for name in "train beyond gaussian unet checkpoints sample data common".split()}
         log.record(step=trainer.step, event="start", config=config, world=process.world, tf32=process.tf32,
                    device=process.device.type, torch=torch.__version__, code=code)
         run(args, trainer, images, assumed, log)

@@ -2,6 +2,7 @@
 
     model = UNet(size=32, **PRESETS["cifar10"])                     # eps_theta, randomly initialised
     schedule = Schedule.named("linear", 1000)                       # Eq. 1 and 2
+    model, schedule = built(config)                                 # both, of a checkpoint's configuration
 
 The network is the U-Net of Nichol & Dhariwal (2021), the paper's codebase, and reads its state dicts key by
 key.
@@ -185,12 +186,12 @@ class UNet(nn.Module):
 
     out is in_channels, or twice that with `learn_sigma`: eps, then the interpolation v of the log variance.
     `attn` lists the resolutions that get attention, `mult` the width of each level in units of `channels`;
-    every level but the last halves the resolution. Raises UserError where size and mult, or channels and
-    heads, do not fit.
+    every level but the last halves the resolution. `sigma_data`, with the schedule in float64: beyond the
+    paper, see `preconditioning`. Raises UserError where size and mult, or channels and heads, do not fit.
     """
 
     def __init__(self, size, channels, res_blocks, mult, attn, heads, dropout=0.0, learn_sigma=False,
-                 scale_shift=True, in_channels=3):
+                 scale_shift=True, in_channels=3, sigma_data=None, schedule=None):
         super().__init__()
         if size % 2 ** (len(mult) - 1):
             raise UserError(f"--size {size}: {len(mult)} levels (--mult) need a multiple of "
@@ -239,8 +240,18 @@ class UNet(nn.Module):
         out_channels = in_channels * (2 if learn_sigma else 1)
         self.out = nn.Sequential(GroupNorm(width), nn.SiLU(),
                                  _zeroed(nn.Conv2d(width, out_channels, 3, padding=1)))
+        factors = None if sigma_data is None else preconditioning(schedule, sigma_data)
+        self.register_buffer("factors", factors, persistent=False)          # no weights: not in a state dict
 
     def forward(self, x, t):
+        if self.factors is None:
+            return self.raw(x, t)
+        inside, skip, outside = (expand(factor, x) for factor in self.factors[t].unbind(dim=1))
+        out, *v = self.raw(inside * x, t).split(x.shape[1], dim=1)
+        return torch.cat([skip * x + outside * out, *v], dim=1)
+
+    def raw(self, x, t):
+        """What the layers give: the paper's eps_theta, or F of `preconditioning`."""
         emb = self.time_embed(timestep_embedding(t, self.channels))         # [B, 4 * channels]
 
         def run(layers, h):
@@ -267,15 +278,37 @@ def in_bfloat16(network, device):
     return run
 
 
+def preconditioning(schedule, sigma_data):
+    """Karras et al. (2022)'s parametrisation in terms of x_t and eps, beyond the paper -> float32 [T, 3]: the
+    factors of x_t on its way into the layers F, of x_t in the result, and of F's output.
+
+    sigma_data: the deviation of the data. With a = sqrt(alpha_bar), s = sqrt(1 - alpha_bar), sigma = s / a,
+    w^2 = s^2 + a^2 sigma_data^2, their denoiser is D = c_skip x_t / a + c_out F(c_in x_t / a), and
+        eps_hat = (x_t - a D) / s = s / w^2 x_t - a sigma_data / w F(x_t / w).
+    """
+    a, s = schedule.sqrt_alpha_bar, schedule.sqrt_one_minus_alpha_bar                               # [T]
+    w = (s**2 + a**2 * sigma_data**2).sqrt()
+    return torch.stack([1 / w, s / w**2, -a * sigma_data / w], dim=1).float()
+
+
+def built(config, device="cpu"):
+    """-> the UNet of a configuration, newly made on a device (`meta`: without memory), and its Schedule."""
+    schedule = Schedule.named(**config["process"])
+    with torch.device(device):
+        return UNet(**config["network"], schedule=schedule), schedule
+
+
 # ----------------------------------------------------------------------------------------- the noise schedule
 
 def expand(values, x):
-    """One value per sample, shaped to broadcast against x: values [B...], x [B..., *] -> [B..., 1 ...]."""
+    """One value per sample, or one for all, shaped to broadcast against x: values [B...] or [], x [B..., *]
+    -> [B..., 1 ...]."""
     return values.reshape(values.shape + (1,) * (x.ndim - values.ndim))
 
 
 def at(table, t, x):
-    """table[t], shaped to broadcast against x: table [T], t [B...], x [B..., *] -> [B..., 1 ...]."""
+    """table[t], shaped to broadcast against x: table [T], t [B...] or one index for all, x [B..., *] ->
+    [B..., 1 ...]."""
     return expand(table[t], x)
 
 
@@ -293,6 +326,7 @@ class Schedule:
         self.alpha_bar_prev = torch.cat([torch.ones(1, dtype=torch.float64), self.alpha_bar[:-1]])
         self.sqrt_alpha_bar = self.alpha_bar.sqrt()
         self.sqrt_one_minus_alpha_bar = (1 - self.alpha_bar).sqrt()
+        self.noise_level = self.sqrt_one_minus_alpha_bar / self.sqrt_alpha_bar      # sigma of Karras et al.
         self.sqrt_alpha_bar_prev = self.alpha_bar_prev.sqrt()
         self.sqrt_one_minus_alpha_bar_prev = (1 - self.alpha_bar_prev).sqrt()
         # Section A.2: mean = coefficient_x0 * x_0 + coefficient_xt * x_t, variance = beta (1 -
@@ -330,13 +364,36 @@ class Schedule:
 
     def respaced(self, steps):
         """The process that visits `steps` evenly spaced timesteps, round(i (T-1) / (steps-1)), both ends
-        kept: beta is 1 - alpha_bar / alpha_bar of the one visited before. UserError where steps is not in 2
-        ... T."""
+        kept. UserError where steps is not in 2 ... T."""
+        i = torch.arange(self._allowed(steps), dtype=torch.float64)
+        return self._visiting((i * (len(self) - 1) / (steps - 1)).round().long())
+
+    def respaced_by_noise(self, steps):
+        """The process that visits the `steps` timesteps whose sigma = s / a come nearest to those of Karras
+        et al. (2022): sigma^(1/7) in even steps, from the lowest to the last, or to 80 if that is less.
+        UserError where steps is not in 2 ... T."""
+        first, last = float(self.noise_level[0]), min(float(self.noise_level[-1]), 80.0)
+        wanted = torch.linspace(first**(1 / 7), last**(1 / 7), self._allowed(steps), dtype=torch.float64)**7
+        nearest = torch.searchsorted(self.between_noise_levels(), wanted.log())
+        i = torch.arange(steps)                             # none twice, where many are asked for: moved up,
+        visited = i + (nearest - i).cummax(dim=0).values    # and down from the end
+        return self._visiting(visited.minimum(i + max(int(nearest[-1]) - (steps - 1), 0)))
+
+    def between_noise_levels(self):
+        """ln sigma half way from every timestep to the next: [T - 1], ascending. The t nearest to a sigma is
+        the number of them that are below its logarithm."""
+        return (self.noise_level[1:].log() + self.noise_level[:-1].log()) / 2
+
+    def _allowed(self, steps):
+        """The number of steps; UserError where it is not in 2 ... T."""
         if not 1 < steps <= len(self):
             raise UserError(f"--steps {steps}: this model has {len(self)} timesteps, so 2 to {len(self)} can "
                             "be sampled")
-        i = torch.arange(steps, dtype=torch.float64)
-        visited = (i * (len(self) - 1) / (steps - 1)).round().long()
+        return steps
+
+    def _visiting(self, visited):
+        """The process of some of the timesteps, ascending: beta is 1 - alpha_bar / alpha_bar of the one
+        before."""
         alpha_bar = self.alpha_bar[visited]
         previous = torch.cat([torch.ones(1, dtype=torch.float64), alpha_bar[:-1]])
         return Schedule(1 - alpha_bar / previous, self.t[visited])

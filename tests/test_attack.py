@@ -86,7 +86,7 @@ def test_report_of_an_attack(name, forwards, backwards, run, unattacked, tmp_pat
     assert report["l2"] == pytest.approx(moved.mean(), rel=1e-5) and moved.min() > 0
     assert report["rms"] == pytest.approx(moved.mean() / np.sqrt(3 * 8 * 8), rel=1e-5)
     assert (report["forwards"], report["backwards"]) == (forwards, backwards)
-    assert attack.needed(protocol["attack"]) == (forwards, backwards)
+    assert attack.needed(protocol["attack"], "ddpm") == (forwards, backwards)
     assert f"{forwards} forwards and {backwards} backwards an attacked step" in said
     own = dict(phi=None if name == "noise" else 1.0, iters=None, eot=None, stride=None)    # None: it has none
     own |= dict(iters=3, stride=2.5) if name in ("pgd", "eot") else {}
@@ -105,12 +105,12 @@ def test_report_of_an_attack(name, forwards, backwards, run, unattacked, tmp_pat
 @pytest.fixture(scope="module")
 def attacked(run, tmp_path_factory):
     """The image of one attacked step of three, by the flags besides, as floats; each made once."""
-    out, known = tmp_path_factory.mktemp("attacked") / "a.npz", {}
+    folder, known = tmp_path_factory.mktemp("attacked"), {}
 
     def images(*argv):
         if argv not in known:
             common = "--num-samples", 1, "--steps", 3, "--iters", 2, "--steps-attacked", 1
-            known[argv] = made_by(attack, run, out, *common, *argv)[0]
+            known[argv] = made_by(attack, run, folder / f"{len(known)}.npz", *common, *argv)[0]
         return known[argv]
     return images
 
@@ -205,10 +205,12 @@ def test_attack_does_not_depend_on_processes_or_interruptions(run, tmp_path, mon
     with pytest.raises(KeyboardInterrupt):
         made_by(attack, run, tmp_path / "died.npz", *TWICE)
     for other in (["--eot", 4], ["--phi", 2], ["--steps-attacked", "25%"]):
-        with pytest.raises(UserError, match="died.npz.shards: holds shards of another run .attack "):
+        with pytest.raises(UserError, match="died.npz.shards: holds shards of another run .attack: "):
             made_by(attack, run, tmp_path / "died.npz", *TWICE, *other)
+    lost = tmp_path / "died.npz.shards" / "000000.json"
+    lost.write_text('{"a')                                  # the images without their measures: made again
     made_by(attack, run, tmp_path / "died.npz", *TWICE)
-    assert written == [0, 1, 2]
+    assert written == [0, 1, 0, 2]
     with np.load(tmp_path / "whole.npz", allow_pickle=False) as whole:
         images = whole["arr_0"]
     expected = report_of(tmp_path / "whole.npz")
@@ -240,6 +242,7 @@ def test_attack_does_not_depend_on_processes_or_interruptions(run, tmp_path, mon
     ("--steps-attacked 1 --attack eot --eot 100000", "--eot 100000: must be from 1 to 1000"),
 
     ("--steps-attacked 1 --attack eot --sampler ddim", "--attack eot --sampler ddim: .*--attack pgd"),
+    ("--steps-attacked 1 --attack eot --sampler heun", "--attack eot --sampler heun: .*--attack pgd"),
     ("--steps-attacked 1 --as-printed", "--as-printed --attack fgsm: only pgd and eot"),
     ("--steps-attacked 1 --attack pgd --as-printed --stride 2", "--stride 2.0: .* not with --as-printed"),
     ("--steps-attacked 1 --stride 2", "--stride 2.0: is for --attack pgd and eot"),

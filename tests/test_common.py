@@ -1,6 +1,7 @@
 """common.py: what every stage relies on."""
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -27,9 +28,21 @@ PURPOSES = "weights", "order", "flags", "train", "dropout", "sample", "attack"
 
 # ------------------------------------------------------------------------------- errors and the command line
 
-def test_command_line(monkeypatch, capsys):
-    """Catches a traceback for a user's mistake, a wrong exit status, a mistake that all of torchrun's
-    processes print or, where only one met it, none, and a variable left behind that makes errors vanish."""
+@pytest.fixture
+def signals():
+    """Gives back what `command_line` makes of the signals, the default before it."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+    yield
+    for number, answer in before.items():
+        signal.signal(number, answer)
+
+
+def test_command_line(monkeypatch, capsys, signals):
+    """Catches a traceback for a user's mistake or another process's end, a wrong exit status, a mistake that
+    all of torchrun's processes print or, where only one met it, none, and a variable left behind that makes
+    errors vanish."""
     def wrong():
         raise UserError("--p is wrong")
 
@@ -51,19 +64,53 @@ def test_command_line(monkeypatch, capsys):
         assert leaving.value.code == 2 and capsys.readouterr().err == f"train.py: error: {text}\n"
     assert waited == [3]
     for main, status in ((stopped, 130), (lambda: sys.exit(143), 143), (lambda: None, None)):
-        before = signal.getsignal(signal.SIGINT)
         with pytest.raises(SystemExit) as leaving:
             common.command_line(main)
         assert leaving.value.code == status and capsys.readouterr().err == ""
-        signal.signal(signal.SIGINT, before)
     for bug in (lambda: 1 / 0, lambda: torch.zeros(2) @ torch.zeros(3)):       # it keeps its traceback
         with pytest.raises((ZeroDivisionError, RuntimeError)):
             common.command_line(bug)
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID")
     for large in (lambda: torch.empty(2**60), lambda: np.empty(2**55)):
         with pytest.raises(SystemExit) as leaving:
             common.command_line(large)
         assert leaving.value.code == 2
         assert re.fullmatch("train.py: error: out of memory: try a smaller.*\n", capsys.readouterr().err)
+
+    def left(error):
+        raise error
+    for error in (RuntimeError("[/a/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer [::1]:1."),
+                  torch.distributed.DistBackendError("NCCL error: remote process exited")):
+        with pytest.raises(SystemExit) as leaving:
+            common.command_line(lambda: left(error))
+        assert leaving.value.code == 2
+        said = "train.py: error: another process has ended or does not answer, see its message; .*\n"
+        assert re.fullmatch(said, capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_signals_clean_up(number, tmp_path, monkeypatch, capfd, signals):
+    """Catches locks and partial files that a signal leaves, a second signal that ends the cleaning, an end
+    without a word or with another status, and a signal answered that nohup has ignored."""
+    monkeypatch.setattr(sys, "argv", ["/somewhere/sample.py"])
+    monkeypatch.delenv("RANK", raising=False)
+
+    def main():
+        with common.locked(tmp_path / "lock", ""), atomic_write(tmp_path / "a") as partial:
+            partial.write_bytes(b"half")
+            try:
+                os.kill(os.getpid(), number)
+                pytest.fail("it goes on")
+            finally:
+                os.kill(os.getpid(), signal.SIGTERM)
+    with pytest.raises(SystemExit) as leaving:
+        common.command_line(main)
+    assert leaving.value.code == 128 + number and os.listdir(tmp_path) == []
+    assert capfd.readouterr().err == f"sample.py: ended by {number.name}\n"
+    signal.signal(number, signal.SIG_IGN)
+    with pytest.raises(SystemExit) as leaving:
+        common.command_line(lambda: os.kill(os.getpid(), number))
+    assert leaving.value.code is None
 
 
 @pytest.mark.parametrize("rank, world, refused", [
@@ -191,6 +238,22 @@ def test_atomic_write(tmp_path):
         with pytest.raises(UserError, match=f"cannot write {bad}"):
             with atomic_write(bad):
                 pass
+
+
+@pytest.mark.parametrize("step, number, ours", [
+    ("fsync", errno.EIO, True), ("replace", errno.EACCES, True), ("fsync", errno.EINVAL, False)])
+def test_errors_of_the_file_system(step, number, ours, tmp_path, monkeypatch):
+    """Catches a traceback where the system refuses the file at its end, a file not written where a file
+    system only has no fsync, and an error of the caller's own that is taken for one."""
+    def refuse(*_):
+        raise OSError(number, "no luck")
+    with pytest.raises(ConnectionError), atomic_write(tmp_path / "a"):
+        raise ConnectionError(number, "the caller's")
+    monkeypatch.setattr(common.os, step, refuse)
+    with (pytest.raises(UserError, match=f"^cannot write {tmp_path}/a: no luck$") if ours
+          else contextlib.nullcontext()), atomic_write(tmp_path / "a") as partial:
+        partial.write_bytes(b"new")
+    assert [file.read_bytes() for file in tmp_path.iterdir()] == ([] if ours else [b"new"])
 
 
 def test_full_disk(tmp_path):

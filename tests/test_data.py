@@ -6,6 +6,7 @@ import errno
 import hashlib
 import io
 import json
+import multiprocessing
 import os
 import resource
 import signal
@@ -38,7 +39,8 @@ def store(folder, array, name="toy"):
     folder.mkdir(exist_ok=True)
     size = array.shape[2]
     np.save(folder / f"{name}-{size}.npy", array)
-    facts = dict(name=name, size=size, count=len(array), dtype=str(array.dtype), low=-1.0, high=1.0)
+    facts = dict(name=name, size=size, count=len(array), dtype=str(array.dtype), low=-1.0, high=1.0,
+                 sha256=hashlib.sha256(array.tobytes()).hexdigest())
     (folder / f"{name}-{size}.json").write_text(json.dumps(facts))
     return folder
 
@@ -189,16 +191,20 @@ np.save(PICKLED, np.array([{}], dtype=object), allow_pickle=True)
 
 
 @pytest.mark.parametrize("array", [b"", WHOLE[:100], WHOLE[:-1], b"PK\x03\x04" + WHOLE, PICKLED.getvalue(),
-                                   WHOLE.replace(b"(5, 3, 8, 8)", b"(4, 3, 8, 8)")])
+                                   WHOLE.replace(b"(5, 3, 8, 8)", b"(4, 3, 8, 8)"), WHOLE + b"x",
+                                   WHOLE[:-1] + b"x"])
 def test_damaged_data_sets_are_named(array, tmp_path):
-    """Catches a traceback, or wrong images, for a file that is empty, cut, of another kind, a pickle,
-    or too short."""
-    toy(tmp_path, 5)
+    """Catches a traceback, or wrong images, for a file that is empty, cut, of another kind, a pickle, too
+    short or long, or altered; and for a .json without what others read of it."""
+    facts = json.loads((store(tmp_path, np.load(io.BytesIO(WHOLE))) / "toy-8.json").read_text())
     (tmp_path / "toy-8.npy").write_bytes(array)
     with pytest.raises(UserError, match="toy-8.npy or toy-8.json is damaged .*delete both"):
         Images("toy", 8, tmp_path)
     (tmp_path / "toy-8.npy").write_bytes(WHOLE)
-    for text in ("[]", "[" * 100_000):
+    assert len(Images("toy", 8, tmp_path)) == 5
+    facts = [{key: value for key, value in facts.items() if key != "sha256"}, facts | dict(low=np.nan),
+             facts | dict(high=np.inf), facts | dict(low=2.0)]
+    for text in ("[]", "[" * 100_000, *map(json.dumps, facts)):
         (tmp_path / "toy-8.json").write_text(text)
         with pytest.raises(UserError, match="toy-8.json is damaged"):
             Images("toy", 8, tmp_path)
@@ -231,6 +237,8 @@ def test_sources_agree(tmp_path):
         np.testing.assert_array_equal(images.array, expected)
         assert images.info["count"] == len(images) == 150 and (images.low, images.high) == (-1, 1)
         shas.add(images.info["sha256"])
+        exact = (images.array / 127.5 - 1).std()            # float64
+        assert images.info["sigma_data"] == pytest.approx(exact, rel=1e-12)
     assert shas == {hashlib.sha256(expected.tobytes()).hexdigest()}
     names, read, left = data.image_members(tmp_path / "folder")
     assert left == {"hidden": 4, ".txt": 1}
@@ -291,7 +299,7 @@ def test_memory_of_large_and_lying_members(tmp_path, monkeypatch):
     src.write_bytes(lying)
     _, read, _ = data.image_members(src)
     tracemalloc.start()
-    for name, expected in (("a.png", "CRC"), ("b.png", "cannot identify")):
+    for name, expected in (("a.png", "CRC"), ("b.png", "no image that Pillow reads")):
         with pytest.raises(Exception, match=expected):
             read(name)
     assert tracemalloc.get_traced_memory()[1] < 2_000_000
@@ -312,9 +320,9 @@ def test_memory_of_large_and_lying_members(tmp_path, monkeypatch):
     def work(item):
         if threading.current_thread() is threading.main_thread():
             here.append(item[0])
-        return item[0]
+        return item[0], -1
     found = []
-    for block, _ in data._image_blocks(work, items(), 1, 8):
+    for block, *_ in data._image_blocks(work, items(), 1, 8):
         found += block.tolist()
         done = sum(sizes[:len(found)])
     assert found == list(range(len(sizes))) and here == [3]
@@ -393,12 +401,12 @@ def test_splits(tmp_path, capsys):
         assert [note[:len(told[0])] for note in info["notes"][1:]] == told
     assert ("2 of 4 images: folder Train; not: 1 (folder Validation), 1 (folder test)\n"
             in capsys.readouterr().out)
-    deeper = "x/a/train/1.png", "x/b/test/1.png"            # no split: not at the top
-    assert split_of(deeper)[1] == split_of(deeper, "--split", "all")[1] == [0, 1]
-    for names in (["train/1.png", "bus/1.png"], ["train/1.png", "2.png"], ["test/1.png", "val/1.png"]):
+    for names in (["train/1.png", "bus/1.png"], ["train/1.png", "2.png"], ["test/1.png", "val/1.png"],
+                  ["a/train/c/1.png", "b/Test/c/1.png"], ["ILSVRC/Data/test/c/1.png", "cover.png"]):
         assert sorted(split_of(names, "--split", "all")[1]) == [0, 1]
-        named = names[0][:-6]
-        with pytest.raises(UserError, match=f"'{named}' can be a split or a class: --split all takes all, "
+        named = next(part for part in names[0].split("/") if part in ("train", "test"))
+        assert split_of(names, "--split", named)[1] == [0]
+        with pytest.raises(UserError, match=f"{named}' can be a split or a class: --split all takes all, "
                                             f"--split {named} that folder"):
             split_of(names)
     with pytest.raises(UserError, match=r"no folder 'val' of images, only 1 .folder bus., 1 .folder train"):
@@ -409,7 +417,9 @@ def test_splits(tmp_path, capsys):
     info = tmp_path / "again" / "mine-8.json"
     info.write_text(info.read_text().replace('"all"', '"train"'))       # as it was written before --split all
     prepare(*flags)
-    assert "is there: 1 images (source: z.zip, " in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "is there: 1 images (source: z.zip, " in told
+    assert f"; --src {src} was not read: to prepare it anew delete {flags[-1]}/mine-8.npy and " in told
     with pytest.raises(UserError, match="was made with split 'train', now 'all'"):
         prepare(*flags, "--split", "all")
 
@@ -444,6 +454,14 @@ def test_decode_modes(tmp_path):
     assert len(images) == len(MODES)
     for row, (name, _, colour) in zip(images.array, MODES):
         assert np.abs(row.reshape(3, 16).T.astype(int) - colour).max() <= 2 * name.endswith("jpg"), name
+
+
+def test_one_dark_frame(tmp_path):
+    """Catches a set of 16 bits that one dark image stops, read wrongly."""
+    for k, value in enumerate((0x0100, 0x1000)):
+        (tmp_path / f"{k}.png").write_bytes(deep(np.full((8, 8), value, np.uint16), "PNG"))
+    prepare("mine", "--src", tmp_path, "--size", 8, "--out", tmp_path / "out")
+    assert Images("mine", 8, tmp_path / "out").array[:, 0, 0, 0].tolist() == [1, 16]
 
 
 def test_resize_and_crop(tmp_path):
@@ -493,7 +511,8 @@ def test_broken_images(tmp_path):
     prepare(*flags, "--src", src, "--out", tmp_path / "out", "--skip-broken")
     images = Images("mine", 8, tmp_path / "out")
     assert images.array[:, 0, 0, 0].tolist() == [0, 1, 3, 4, 5, 6, 7, 8, 9] and images.info["left_out"] == 7
-    with pytest.raises(UserError, match="6 of 6 images.*Repair or remove them$"):
+    with pytest.raises(UserError, match="6 of 6 images.*'3b.png' .no image that Pillow reads.*Repair or "
+                                        "remove them$"):
         prepare(*flags, "--src", write_zip(tmp_path / "none.zip", bad), "--out", tmp_path / "out2",
                 "--skip-broken")
 
@@ -585,6 +604,7 @@ def test_subspace(tmp_path, capsys, monkeypatch):
     assert np.abs(np.cov(a.T) - np.eye(6)).max() < 5 * (2 / 2500) ** 0.5
     assert scipy.stats.kstest(a.ravel(), "norm").pvalue > 1e-4
     assert images.low == x.min() < -1 and images.high == x.max() and images.array.dtype == np.float32
+    assert images.info["sigma_data"] == pytest.approx(x.std(), rel=1e-6)
     with pytest.raises(UserError, match="of subspace only"):
         Images("shapes", 8, tmp_path).truth()
     (tmp_path / "subspace-8.json").unlink()
@@ -611,6 +631,9 @@ def sources(tmp_path_factory):
     write_tar(folder / "cut.tar", {"1.png": good, "2.png": good})
     os.truncate(folder / "cut.tar", 2000)
     os.mkfifo(folder / "pipe")
+    (folder / "endless").mkdir()
+    (folder / "endless" / "train_data_batch_1.npz").symlink_to("/dev/zero")
+    np.save(folder / "grey.npy", np.zeros((5, 8, 8), np.uint8))
     grey = np.arange(64, dtype=np.uint16).reshape(8, 8) * 65
     colours = b"".join(b"\0" + (np.arange(24) * 170).astype(">u2").tobytes() for _ in range(8))
     chunks = ((b"IHDR", struct.pack(">IIBBBBB", 8, 8, 16, 2, 0, 0, 0)), (b"IDAT", zlib.compress(colours)),
@@ -654,14 +677,16 @@ def sources(tmp_path_factory):
     ("celeba --src small", "1.png' .64 x 64 pixels.*178 x 218.*python data.py mine --src small --size 64"),
     ("mine --src objects.npy --size 8", "objects.npy holds Python objects, that is code, which was not run"),
     ("mine --src torch.pt --size 8", "torch.pt is a pickle of Python objects, that is code"),
-    ("mine --src unit.npy --size 8", "unit.npy holds float images, none negative"),
+    ("mine --src unit.npy --size 8", "unit.npy holds float images, none negative: .* expected .2 x - 1, if"),
     ("mine --src huge.npy --size 8", "huge.npy is truncated: it ends in image 0 of 1,000,000,000"),
     ("mine --src objects.npy --size 8 --split test", "--split test: objects.npy is one array of images"),
-    ("mine --src 12bit --size 8", "3 of 3 images .*1.png' .16 bits a pixel, but no value above 4095"),
+    ("mine --src 12bit --size 8", "no image of 16 bits has a value above 4095: .* scale them"),
+    ("imagenet64 --src endless", "endless/train_data_batch_1.npz is neither a regular file nor a folder"),
+    ("mine --src grey.npy --size 8", "grey.npy holds uint8 .5, 8, 8.; .*of grey ones three equal channels"),
     ("mine --src float --size 8", "floating-point"),
     ("mine --src 32bit --size 8", "pixels from 0 to 409500: not of 8 or 16 bits"),
     ("cifar10 --src cut.tar.gz", "whole zip or tar"),
-    ("cifar10 --src t.tar.gz", "data_batch_1.bin has 0 bytes"),
+    ("cifar10 --src t.tar.gz", "data_batch_1.bin is missing; needed is cifar-10-binary.tar.gz"),
     ("cifar10 --split val", "train and test only"), ("mine --src good.zip", "--src and --size"),
     ("cifra10", "none of cifar10"), ("../x --src good.zip --size 8", "file name"),
     ("shapes --num-samples 0", "--num-samples 0: must be from 1 to"), ("shapes --seed -1", "--seed -1"),
@@ -779,6 +804,26 @@ def test_killed_run(tmp_path):
         assert second.result(20) is None
     assert len(Images("shapes", 8, tmp_path)) == 10
     assert sorted(os.listdir(tmp_path)) == ["shapes-8.json", "shapes-8.npy"]
+
+
+def test_terminated_run(tmp_path, monkeypatch, capfd):
+    """Catches SIGTERM, to the run and to its workers, that leaves a lock or a partial file, waits for a
+    worker that lives on, or is taken for a worker's death."""
+    def terminate():
+        for process in multiprocessing.active_children():
+            os.kill(process.pid, signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    monkeypatch.setattr(sys, "argv", ["data.py"])
+    timer = threading.Timer(0.5, terminate)
+    timer.start()
+    with pytest.raises(SystemExit) as leaving:
+        common.command_line(lambda: prepare("shapes", "--num-samples", 10**6, "--size", 8, "--workers", 2,
+                                            "--out", tmp_path))
+    for number, answer in before.items():
+        signal.signal(number, answer)
+    assert leaving.value.code == 143 and os.listdir(tmp_path) == []
+    assert capfd.readouterr().err == "data.py: ended by SIGTERM\n"
 
 
 def test_interrupted_run(tmp_path):

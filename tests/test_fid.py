@@ -339,6 +339,22 @@ def test_what_is_not_taken_is_told(sets, capsys):
         fid.main([str(part) for part in command])
 
 
+def test_palettes_and_splits(tmp_path):
+    """Opaque images with a palette refused or changed; train and test images taken together, or one folder
+    of them refused."""
+    colours = np.random.default_rng(1).integers(0, 256, (4, 1, 8, 3), dtype=np.uint8)
+    images = colours.repeat(8, axis=1)                      # of eight colours: no palette loses any
+    names = "Train/a.png", "Train/b.gif", "x/Test/c.png", "x/d.png"
+    for name, image in zip(names, images):
+        (tmp_path / "s" / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).quantize(8).save(tmp_path / "s" / name)
+    np.testing.assert_array_equal(next(fid.open_source(tmp_path / "s" / "Train").read(0, 2, 2)), images[:2])
+    for folder, told in (("s", r"1 .folder x., 2 .folder Train.|2 .folder Train., 2 .folder x."),
+                         ("s/x", r"1 .in no folder., 1 .folder Test.")):
+        with pytest.raises(UserError, match=f"holds images of several splits.*: ({told}). Give one folder"):
+            fid.open_source(tmp_path / folder)
+
+
 def test_several_samples_are_judged_one_by_one(sets, capsys):
     """A result of one set written beside another; sets after a bad one not judged; one --out for several."""
     folder, truth = sets
@@ -461,6 +477,7 @@ REFUSED = [
      r"mixed sizes .*0.png is \(16, 16\), 1.png \(8, 8\)"),
     ("greys", [png(BLACK), png(BLACK.convert("L"))], "", "greys/1.png is of mode L; opaque colour images"),
     ("alpha", [png(BLACK), png(BLACK.convert("RGBA"))], "", "1.png is of mode RGBA"),
+    ("clear", [png(BLACK), png(BLACK.convert("P"), transparency=0)], "", "1.png is of mode P; opaque colour"),
     ("hole", [png(BLACK), png(BLACK, transparency=(0, 0, 0))], "",
      "1.png is of mode RGB; opaque colour images"),
     ("broken", [png(BLACK), b"not an image"], "", "broken/1.png: damaged or unreadable"),
@@ -524,8 +541,9 @@ def write_subspace(folder):
     truth = dict(mean=rng.standard_normal(width), components=basis.T, scale=np.array([3, 2, 1, 0.5, 0.1]))
     x = truth["mean"] + rng.standard_normal((40, 5)) * truth["scale"] @ truth["components"]
     np.save(folder / "subspace-8.npy", x.reshape(40, 3, 8, 8).astype(np.float32))
+    sha256 = hashlib.sha256(x.astype(np.float32).tobytes()).hexdigest()
     np.savez(folder / "subspace-8-truth.npz", **truth)
-    facts = dict(name="subspace", size=8, count=40, dtype="float32", sha256="0" * 64, low=float(x.min()),
+    facts = dict(name="subspace", size=8, count=40, dtype="float32", sha256=sha256, low=float(x.min()),
                  high=float(x.max()))
     (folder / "subspace-8.json").write_text(json.dumps(facts))
     x = x * 0.9 + 0.05 * rng.standard_normal(x.shape) + 0.02

@@ -209,18 +209,22 @@ def test_reverse_steps(name, dtype):
     def ready(schedule):
         return schedule if dtype == torch.float64 else schedule.to("cpu")
 
-    def step(schedule, i, z=None, **how):
-        return sample.reverse_step(network, ready(schedule), X_T.to(dtype), i, z, **how)
+    def step(schedule, steps, z=None, **how):
+        rows = [sample.reverse_step(network, ready(schedule), X_T[row, None].to(dtype), i,
+                                    z if z is None else z[row, None], **how)
+                for row, i in enumerate(steps)]
+        return sample.Reverse(*(torch.cat([part.expand(1, *part.shape[1:]) for part in parts])
+                                for parts in zip(*rows)))
 
-    spaced = step(full.respaced(300), torch.tensor([0, 1, 150, 299]), variance="learned")
-    got = {"ddpm": step(full, TIMES, Z[0].to(dtype), variance="learned").x, "respaced mean": spaced.mean,
-           "respaced sigma": spaced.sigma}
+    spaced = step(full.respaced(300), [0, 1, 150, 299], variance="learned")
+    got = {"ddpm": step(full, TIMES.tolist(), Z[0].to(dtype), variance="learned").x,
+           "respaced mean": spaced.mean, "respaced sigma": spaced.sigma}
     for suffix, clamp in ("", (-1.0, 1.0)), (", no clamp", None):
-        ddpm = step(full, TIMES, clamp=clamp)
+        ddpm = step(full, TIMES.tolist(), clamp=clamp)
         got |= {f"mean{suffix}": ddpm.mean, f"x0_hat{suffix}": ddpm.x0_hat,
-                f"ddim{suffix}": step(full, TIMES, sampler="ddim", clamp=clamp).x}
+                f"ddim{suffix}": step(full, TIMES.tolist(), sampler="ddim", clamp=clamp).x}
     for variance in ("small", "large", "learned"):
-        got[variance] = step(full, TIMES, variance=variance).sigma.expand_as(X_T)
+        got[variance] = step(full, TIMES.tolist(), variance=variance).sigma.expand_as(X_T)
     ten = ready(full.respaced(10))
     noise = iter([X_T.to(dtype)] + [z.to(dtype) for z in Z])
     got["ddpm loop"] = sample.sample(network, ten, noise, variance="learned")

@@ -23,8 +23,9 @@ BEATS = "adv beats DDPM, 90 % with σ 0.2, DDPM sampling"
 
 def configuration(method="adv", p=0.9, sigma=0.2, name="subspace", size=4, **training):
     """A checkpoint's configuration."""
-    own = dict(method=method, lam=0.3, lam_units="x", omega=2.0, gamma=8 / 255, reg_share=1.0, balance=False,
-               flags=None, sigma_known=None, batch=64, lr=1e-3, ema=0.99, amp=False, seed=0, init=None)
+    own = dict(method=method, lam=0.3, lam_units="x", omega=2.0, gamma=8 / 255, reg_share=1.0,
+               weighting="paper", flags=None, sigma_known=None, batch=64, lr=1e-3, ema=0.99, amp=False,
+               seed=0, init=None)
     return dict(network=dict(channels=32, mult=[1]), process=dict(schedule="linear", timesteps=1000),
                 data=dict(name=name, size=size, count=100, p=p, sigma=sigma, data_seed=0),
                 training=own | training)
@@ -346,18 +347,19 @@ def test_price_tells_shares_apart(tmp_path):
     runs = tmp_path / "runs"
     write_pair(runs)
     for share, seconds in ((1.0, 1.25), (0.25, 0.625)):
-        config = configuration(reg_share=share, balance=True, seed=9)
+        config = configuration(reg_share=share, weighting="balanced", seed=9)
         write_score(runs / f"{share}", config, step=1000, **exact(50 + share, 5.0))
         made = dict(samples="fgsm", step=1000, attack=attacked("fgsm", 100))
         write_score(runs / f"{share}", config, **made, **exact(60, 6.0))
         write_score(runs / f"{share}", config, **made, suffix="attack", rms=share, rms_noise=0.1)
-        write_benchmark(runs / f"{share}", (0.5, 1.0, seconds), reg_share=share, balance=True)
+        write_benchmark(runs / f"{share}", (0.5, 1.0, seconds), reg_share=share, weighting="balanced")
     text, _ = write_report(runs, "--tables", "price")
     net = "32 × (1,)"
-    assert cells(text, "Robust_adv", "0.25", "yes", net, "1,000") == ["1.25", "50.2", "5.00", "20.0", "0.250"]
-    assert cells(text, "Robust_adv", "1", "yes", net, "1,000") == ["2.50", "51.0", "5.00", "20.0", "1.00"]
-    assert cells(text, "DDPM", "–", "no", "32 × (1,)", "600") == ["1.00 ± 0", "3.00", "2.00", "20.0", "–"]
-    assert "trained for 600 to 1,000 steps of 64 images, regulariser on 0.25 or 1 of them, balanced" in text
+    made = "balanced", net, "1,000"
+    assert cells(text, "Robust_adv", "0.25", *made) == ["1.25", "50.2", "5.00", "20.0", "0.250"]
+    assert cells(text, "Robust_adv", "1", *made) == ["2.50", "51.0", "5.00", "20.0", "1.00"]
+    assert cells(text, "DDPM", "–", "paper", "32 × (1,)", "600") == ["1.00 ± 0", "3.00", "2.00", "20.0", "–"]
+    assert "steps of 64 images, regulariser on 0.25 or 1 of them, weighting balanced, paper" in text
     assert "The price" not in write_report(runs)[0]
 
 
@@ -376,7 +378,7 @@ def test_memorisation_and_toy(tmp_path):
     (tmp_path / "runs/toy").mkdir()
     (tmp_path / "runs/toy/fig2a.png").write_bytes(b"picture")
     (tmp_path / "runs/toy/toy3d.json").write_text(json.dumps(dict(
-        protocol=dict(steps=3000, batch=128, num_samples=512, seeds=3, sweep=None, balance=False,
+        protocol=dict(steps=3000, batch=128, num_samples=512, seeds=3, sweep=None, weighting="paper",
                       figures=["fig2a.png", "lost.png"]), records=[record], claims=[said])))
     text, claims = write_report(tmp_path / "runs")
     assert cells(section(text, "Fig. 6 left"), "Robust_adv")[0] == "0.125 / 0.500 / 0.750"
@@ -398,12 +400,21 @@ def test_closed_form_beside_what_was_measured(tmp_path):
                     **exact(distance, 0.625) | dict(closed_form=form))
     write_score(tmp_path / "runs/ddpm", configuration("ddpm", p=1.0),
                 **exact(8.5, 3.0) | dict(closed_form=form | dict(value=8.0)))
+    write_score(tmp_path / "runs/omega8", configuration(p=1.0, omega=8.0),
+                **exact(1.5, 1.0) | dict(closed_form=form | dict(value=1.25)))
+    for run in ("a", "b"):                                  # twice the same, and none in a cell of DDPM's
+        write_score(tmp_path / f"runs/{run}", configuration("ddpm", p=1.0), f"heun-18-{run}", "heun", 18,
+                    **exact(4.0, 3.0) | dict(closed_form=form | dict(value=5.0)))
     text, claims = write_report(tmp_path / "runs", "--tables", "optimum")
     shown = section(text, "The closed form"), "subspace 4×4", "100 % with σ 0.2"
-    assert cells(*shown, "Robust_adv, λ 0.3", "DDPM 100") == [
-        "2.25 ± 0.354 (2.00 ± 0)", "0.625 ± 0 (0.500 ± 0)", "1.00 ± 0 (0.750 ± 0)", "exact"]
-    assert cells(*shown, "DDPM", "DDPM 100")[0] == "8.50 (8.00)"
-    reached = {name[1].split(", ")[2]: verdict for name, (_, verdict) in claims.items()}
+    assert cells(*shown, "Robust_adv, λ 0.3", "600", "DDPM 100") == [
+        "2.25 ± 0.354 (2.00)", "0.625 ± 0 (0.500)", "1.00 ± 0 (0.750)", "exact"]
+    assert cells(*shown, "DDPM", "600", "DDPM 100")[0] == "8.50 (8.00)"
+    assert cells(*shown, "DDPM", "600", "Heun 18")[0] == "4.00 (5.00)"
+    assert cells(*shown, "Robust_adv, λ 0.3, omega is 8.0", "600", "DDPM 100")[0] == "1.50 (1.25)"
+    assert "Left out" not in text
+    reached = {name[1].split(", ")[2]: verdict for name, (_, verdict) in claims.items()
+               if "omega" not in name[1]}
     assert reached == {"Robust_adv": "holds", "DDPM": "does not hold"}
 
 

@@ -35,9 +35,9 @@ name=toy3d last= kind=fid
 for word in "$@"; do
     case "$last" in
         --out) out=$word ;; --steps) steps=$word ;; --size) size=$word ;;
-        --sweep) name=$name-$word ;; --data) name=$name-$word ;;
+        --sweep | --data | --weighting) name=$name-$word ;;
     esac
-    case "$word" in --balance) name=$name-balance ;; subspace) kind=fd-exact ;; pixels) kind=fd-pixels ;; esac
+    case "$word" in subspace) kind=fd-exact ;; pixels) kind=fd-pixels ;; esac
     last=$word
 done
 case "$1" in
@@ -307,7 +307,7 @@ REFUSALS = [
     ("paper", dict(GPUS_PER_MODEL="8", GPUS="2"), "GPUS_PER_MODEL=8: there are 2"),
     ("quick", dict(PYTHON="/my files/python"), "PYTHON='/my files/python': a path without spaces is needed"),
     ("paper", dict(CELEBA="a b.zip"), "CELEBA='a b.zip': a path without spaces is needed"),
-    ("quick", dict(PYTHON="/nowhere/python"), "/nowhere/python: No such file or directory"),
+    ("quick", dict(PYTHON="/nowhere/python"), "error: /nowhere/python: No such file or directory; req"),
     ("quick", dict(PYTHON="/usr/bin/true"), "/usr/bin/true: this is no Python; requirements.txt"),
     ("quick", dict(STUBS="/nowhere"), "No module named 'numpy'; requirements.txt says what is needed"),
     ("test", {}, "No module named 'pytest'; requirements.txt says what is needed"),

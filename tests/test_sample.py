@@ -78,7 +78,9 @@ def by_hand(seed=0, count=3, steps=5, state=2, clamp=(-1.0, 1.0), amp=False, **h
     model = model.to(memory_format=torch.channels_last)
     if amp:
         model = unet.in_bfloat16(model, torch.device("cpu"))
-    schedule = unet.Schedule.named("linear", 25).respaced(steps).to("cpu")
+    full = unet.Schedule.named("linear", 25)
+    schedule = full.respaced_by_noise(steps) if how.get("sampler") == "heun" else full.respaced(steps)
+    schedule = schedule.to("cpu")
     noise = image_noise("sample", seed, range(count), (3, 8, 8))
     return sample.sample(model, schedule, noise, clamp=clamp, **how).permute(0, 2, 3, 1).numpy()
 
@@ -92,7 +94,8 @@ def far(found, expected):
 
 @pytest.mark.parametrize("argv, how", [
     ([], {}), (["--seed", 4], dict(seed=4)), (["--steps", 25], dict(steps=25)), (["--raw"], dict(state=1)),
-    (["--sampler", "ddim"], dict(sampler="ddim")), (["--variance", "small"], dict(variance="small"))])
+    (["--sampler", "ddim"], dict(sampler="ddim")), (["--sampler", "heun"], dict(sampler="heun")),
+    (["--variance", "small"], dict(variance="small"))])
 def test_every_flag_reaches_the_sampler(argv, how, run, tmp_path):
     """Catches a flag that stands in the protocol and is ignored, --raw and the EMA among them, and truncated
     bytes."""
@@ -130,15 +133,17 @@ def test_float_data_keep_their_units(tmp_path):
 
 
 @pytest.mark.parametrize("sampler, steps, timesteps, expected", [
-    ("ddpm", None, 300, 300), ("ddim", None, 300, 250), ("ddim", None, 25, 25), ("ddpm", 100, 300, 100)])
+    ("ddpm", None, 300, 300), ("ddim", None, 300, 250), ("ddim", None, 25, 25), ("ddpm", 100, 300, 100),
+    ("heun", None, 300, 18)])
 def test_default_steps(sampler, steps, timesteps, expected, tmp_path):
-    """All timesteps for DDPM, 250 for DDIM, no more than there are; DDIM has no variance to tell of."""
+    """All timesteps for DDPM, 250 for DDIM, 18 for Heun, no more than there are; only DDPM has a variance to
+    tell of."""
     parser = ArgumentParser()
     sample.add_arguments(parser)
     run, given = checkpoint(tmp_path, timesteps=timesteps), ["--steps", str(steps)] if steps else []
     job = sample.open_job(parser.parse_args([str(run), "--sampler", sampler, *given]))
     assert len(job.schedule) == job.protocol["steps"] == expected
-    assert job.protocol["variance"] == (None if sampler == "ddim" else "large")
+    assert job.protocol["variance"] == ("large" if sampler == "ddpm" else None)
 
 
 def test_public_state_dict_is_sampled(tmp_path):
@@ -154,7 +159,7 @@ def test_public_state_dict_is_sampled(tmp_path):
     assert far(images, as_bytes(by_hand(state=5))) <= 1
     config = protocol["config"]
     assert (config["training"], config["data"]["name"], config["network"]["mult"]) == ({}, "?", [1])
-    cosine, protocol = sampled(tmp_path / "public.pt", tmp_path / "a.npz", *argv, "--schedule", "cosine")
+    cosine, protocol = sampled(tmp_path / "public.pt", tmp_path / "b.npz", *argv, "--schedule", "cosine")
     assert protocol["config"]["process"] == dict(schedule="cosine", timesteps=25) and far(cosine, images) > 20
 
 
@@ -165,7 +170,7 @@ def test_the_whole_story_is_in_the_file(run, tmp_path):
     cuda = torch.cuda.is_available()
     assert protocol == dict(
         checkpoint=str(file), sha256=hashlib.sha256(file.read_bytes()).hexdigest(), step=7,
-        config=dict(network=NETWORK | dict(mult=[1], attn=[8]),
+        config=dict(network=NETWORK | dict(mult=[1], attn=[8], sigma_data=None),
                     process=dict(schedule="linear", timesteps=25), data=DATA, training=TRAINING),
         num_samples=3, sampler="ddpm", steps=5, variance="large", ema=True, seed=0, batch=2, amp=False,
         device="cuda" if cuda else "cpu", tf32=cuda, stream="sample", torch=torch.__version__, attack=None)
@@ -263,7 +268,8 @@ def test_a_shard_that_the_disk_has_no_room_for_is_said(tmp_path):
 
 def test_finished_samples_are_left_alone(run, tmp_path, capsys, monkeypatch):
     """The same command again, and a process that comes when the first has finished without it: catches work
-    done twice, and a wait for shards that are gone. Other settings are made anew."""
+    done twice, a wait for shards that are gone, and samples of other settings, or a foreign file, that are
+    overwritten without a word."""
     argv = "--num-samples", 2, "--steps", 3, "--batch", 1
     images, _ = sampled(run, tmp_path / "s.npz", *argv)
     before = (tmp_path / "s.npz").read_bytes()
@@ -274,8 +280,12 @@ def test_finished_samples_are_left_alone(run, tmp_path, capsys, monkeypatch):
     monkeypatch.undo()
     assert (tmp_path / "s.npz").read_bytes() == before
     assert capsys.readouterr().out.count("nothing to do") == 1
-    other, _ = sampled(run, tmp_path / "s.npz", *argv, "--seed", 1)
-    assert not np.array_equal(images, other)
+    with pytest.raises(UserError, match="s.npz: is there already, made otherwise .seed 0, now 1.; delete it"):
+        sampled(run, tmp_path / "s.npz", *argv, "--seed", 1)
+    assert (tmp_path / "s.npz").read_bytes() == before
+    np.savez(tmp_path / "foreign.npz", x=1)
+    with pytest.raises(UserError, match="foreign.npz: is there already, made otherwise"):
+        sampled(run, tmp_path / "foreign.npz", *argv)
 
 
 def test_a_wait_for_another_process_ends(run, tmp_path, monkeypatch, capsys):

@@ -12,6 +12,7 @@ import scipy.stats
 import torch
 import torch.nn.functional as F
 
+import beyond
 import report
 import toy3d
 from common import UserError
@@ -109,14 +110,14 @@ def test_training_does_not_depend_on_the_company():
 
 def test_training_takes_the_setups_method_lambda_and_omega():
     """Catches a setting that is not handed on: lambda = 0 must be ddpm, everything else must differ."""
-    def trained(balance=False, **change):
-        return weights_of(toy3d.train([SETUPS[0]._replace(**change)], 4, 16, balance))
+    def trained(weighting="paper", **change):
+        return weights_of(toy3d.train([SETUPS[0]._replace(**change)], 4, 16, weighting))
 
     ddpm = trained(method="ddpm")
     torch.testing.assert_close(trained(lam=0.0), ddpm, rtol=1e-4, atol=1e-6)
     variants = [ddpm, trained(), trained(lam=1.0), trained(omega=4.0), trained(lam_units="eps"),
                 trained(method="ran"), trained(method="inv"), trained(noise="clean"), trained(data=MODES),
-                trained(seed=5), trained(reg_share=0.25), trained(balance=True)]
+                trained(seed=5), trained(reg_share=0.25), trained("balanced"), trained("edm")]
     assert all((a - b).abs().max() > 1e-4 for a, b in itertools.combinations(variants, 2))
 
 
@@ -127,11 +128,14 @@ def test_training_is_the_loss_of_the_plan(monkeypatch):
     setups = [setup._replace(omega=omega) for omega in (3.0, 2.0)]
     loss, seen = toy3d.training_loss, []
 
-    def half_plan(lam_t, t, chance, method, reg_share, balance):
+    def half_plan(lam_t, t, chance, method, reg_share, weight_t, below):
         s = (1 - Schedule.named("linear", 1000).alpha_bar).sqrt()
         expected = torch.stack([math.sqrt(3) * s / (s**omega + 8 / 255) for omega in (3.0, 2.0)])
         torch.testing.assert_close(lam_t.double(), expected, rtol=1e-4, atol=0)
-        assert (method, reg_share, balance) == ("adv", 0.25, True) and chance.shape == t.shape == (2, 16)
+        assert (method, reg_share) == ("adv", 0.25) and chance.shape == t.shape == (2, 16)
+        asked = dict(method="adv", lam=np.ones((2, 1)), lam_units="eps", omega=np.array([[3.0], [2.0]]))
+        exact = beyond.weights(Schedule.named("linear", 1000), "edm", 1.0, **asked)
+        assert torch.equal(weight_t, exact[0]) and torch.equal(below, exact[1])
         t, weight = t.clone(), torch.ones_like(chance)
         t[:, :4], weight[:, :4] = 7, 0
         return t, weight, [(slice(0, 4), "adv", 4.0), (slice(4, 16), "ddpm", 1.0)]
@@ -144,12 +148,12 @@ def test_training_is_the_loss_of_the_plan(monkeypatch):
     monkeypatch.setattr(toy3d.beyond, "plan", half_plan)
     monkeypatch.setattr(toy3d, "training_loss", watched)
     left_out = []
-    found = weights_of(toy3d.train(setups, 3, 16, balance=True), 1)
+    found = weights_of(toy3d.train(setups, 3, 16, weighting="edm"), 1)
     assert seen == 3 * [("adv", True, 4, [4.0, 4.0]), ("ddpm", False, 12, [1.0, 1.0])]
     left_out = ["adv"]
-    assert torch.equal(found, weights_of(toy3d.train(setups, 3, 16, balance=True), 1))      # weighed by 0
+    assert torch.equal(found, weights_of(toy3d.train(setups, 3, 16, weighting="edm"), 1))      # weighed by 0
     left_out = ["ddpm"]
-    assert not torch.equal(found, weights_of(toy3d.train(setups, 3, 16, balance=True), 1))
+    assert not torch.equal(found, weights_of(toy3d.train(setups, 3, 16, weighting="edm"), 1))
 
 
 # ------------------------------------------------------------------------------------------- what is measured
@@ -348,7 +352,7 @@ def test_everything(short_process, tmp_path, capsys):
     found = strict(tmp_path / "toy3d.json")
     assert len(found["records"]) == 2 * 3 * 4 and len(found["claims"]) == 27 + 9
     assert set(found["protocol"]["figures"]) == figures
-    protocol = dict(steps=3, batch=16, num_samples=16, seeds=1, balance=False, sweep=None, device="cpu")
+    protocol = dict(steps=3, batch=16, num_samples=16, seeds=1, weighting="paper", sweep=None, device="cpu")
     assert protocol.items() <= found["protocol"].items()
     assert "adv unlearns inlier noise" in capsys.readouterr().out
     read = report.read_toy(tmp_path / "toy3d.json")
@@ -399,10 +403,10 @@ def test_a_part_without_matplotlib(short_process, monkeypatch, tmp_path, capsys)
     one."""
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert toy(tmp_path, "--noise", "inlier", "--method", "adv") == {"toy3d-inlier-adv.json"}
-    files = toy(tmp_path, "--sweep", "omega", "--balance")
-    assert files == {"toy3d-inlier-adv.json", "toy3d-omega-balance.json"}
+    files = toy(tmp_path, "--sweep", "omega", "--weighting", "balanced")
+    assert files == {"toy3d-inlier-adv.json", "toy3d-omega-balanced.json"}
     assert "pip install matplotlib" in capsys.readouterr().out
-    assert strict(tmp_path / "toy3d-omega-balance.json")["protocol"]["balance"]
+    assert strict(tmp_path / "toy3d-omega-balanced.json")["protocol"]["weighting"] == "balanced"
 
 
 @pytest.mark.parametrize("flags, expected", [

@@ -27,9 +27,10 @@ from PIL import Image
 import sample
 import train
 import unet
-from checkpoints import FIRST, load_checkpoint, save_checkpoint
+from checkpoints import FIRST, load_checkpoint, load_model, save_checkpoint
 from common import UserError, command_line, locked
 from conftest import HERE, TINY
+from data import Images
 
 DDPM = "--method", "ddpm"                                   # where the method does not matter: the cheapest
 LIKE_ONE = dict(paper=[], share=["--reg-share", 0.5])       # that processes and microbatches must not change
@@ -463,6 +464,71 @@ def test_fine_tuning_starts_from_a_checkpoint(shapes, trained, tmp_path):
     assert difference(bare, averages, "model.") < 1e-6 and int(bare["0.step"]) == 1
 
 
+def test_preconditioned_runs(shapes, trained, tmp_path):
+    """From the flag to a file and back: the data set's deviation, on the CPU after a load without memory for
+    weights, in a grid, a resume to the bit, sample.py, and a fine-tuning that does not ask for it. Catches
+    eps_theta of a preconditioned network read as a plain one's, and a second deviation from other data."""
+    fast = flags(shapes, tmp_path / "fast", "--precondition", "--weighting", "edm", "--seed", 1)
+    train.main([*fast, "--steps", "1"])
+    train.main([*fast, "--steps", "2"])
+    train.main([*fast, "--steps", "2", "--out", str(tmp_path / "whole")])
+    assert_same(tensors(tmp_path / "fast"), tensors(tmp_path / "whole"))
+    pixels = np.load(shapes / "shapes-8.npy") / 127.5 - 1
+    model, _, config, _ = load_model(tmp_path / "fast")
+    for group in ("network", "training"):
+        assert config[group]["sigma_data"] == pytest.approx(pixels.std())
+    x, t = torch.randn(8, 3, 8, 8), torch.arange(8)
+    plain, schedule = unet.built(config | dict(network=config["network"] | dict(sigma_data=None)))
+    plain.load_state_dict(model.state_dict())
+    a, s, v = schedule.sqrt_alpha_bar, schedule.sqrt_one_minus_alpha_bar, pixels.var()
+    w = unet.expand((s**2 + a**2 * v).sqrt(), x)
+    expected = unet.expand(s, x) / w**2 * x - unet.expand(a, x) * v**0.5 / w * plain((x / w).float(), t)
+    torch.testing.assert_close(model(x, t), expected.float(), rtol=1e-3, atol=1e-4)
+    sample.main([str(tmp_path / "fast"), "--sampler", "heun", "--steps", "4", "--num-samples", "2", "--out",
+                 str(tmp_path / "s.npz")])
+    more = flags(shapes, tmp_path / "tuned", "--init", tmp_path / "fast", "--steps", 1, *DDPM)
+    train.main(more)
+    facts = json.loads((shapes / "shapes-8.json").read_text()) | dict(sigma_data=0.9)      # of other images
+    shutil.copytree(shapes, tmp_path / "data")
+    (tmp_path / "data" / "shapes-8.json").write_text(json.dumps(facts))
+    train.main([*more, "--precondition", "--data-dir", str(tmp_path / "data"), "--out",
+                str(tmp_path / "asked")])
+    assert_same(tensors(tmp_path / "tuned"), tensors(tmp_path / "asked"))
+    for name in ("tuned", "asked"):
+        assert load_checkpoint(tmp_path / name)["config"]["network"] == config["network"]
+    with pytest.raises(UserError, match="sigma_data was None and is now 0.45"):
+        train.main([*flags(shapes, trained, "--precondition"), "--steps", "5"])
+
+
+@pytest.mark.parametrize("flag", ["--precondition", "--weighting=edm"])
+def test_a_data_set_that_was_not_measured(flag, shapes, tmp_path):
+    """One of before, whose .json has no sigma_data, does for the paper's training: else a line, not nan."""
+    for file in shapes.iterdir():
+        shutil.copy(file, tmp_path)
+    facts = json.loads((tmp_path / "shapes-8.json").read_text())
+    for found in (None, 0.0, "x"):
+        (tmp_path / "shapes-8.json").write_text(json.dumps(facts | dict(sigma_data=found)))
+        with pytest.raises(UserError, match=f"--data shapes: its .json has sigma_data {found}, .*8.npy, and"):
+            train.main(flags(tmp_path, tmp_path / "run", "--steps", 1, flag))
+    train.configuration(train.arguments(flags(tmp_path, "run")), Images("shapes", 8, tmp_path), None, False)
+
+
+def test_runs_of_before_go_on(shapes, trained, tmp_path):
+    """A checkpoint that knows neither sigma_data nor weightings, by the paper's sum: it goes on, to the bit;
+    one with the weights that there were once is another run."""
+    old = torch.load(trained / "checkpoint-previous.pt", weights_only=True)
+    del old["config"]["network"]["sigma_data"], old["config"]["training"]["weighting"]
+    del old["config"]["training"]["sigma_data"]
+    for balance in (False, True):
+        old["config"]["training"]["balance"] = balance
+        save_checkpoint(tmp_path / f"run-{balance}" / "checkpoint.pt", old)
+    argv = flags(shapes, tmp_path / "run-False", "--steps", 4, "--save-every", 2)
+    train.main(argv)
+    assert_same(tensors(tmp_path / "run-False"), tensors(trained))
+    with pytest.raises(UserError, match="weighting was None and is now paper"):
+        train.main([*argv, "--out", str(tmp_path / "run-True")])
+
+
 def configured(*argv):
     """The configuration of a command line, for 64x64 images."""
     images = SimpleNamespace(size=64, shape=(3, 64, 64), low=-1, high=1, array=np.zeros(1, np.uint8),
@@ -475,7 +541,7 @@ def configured(*argv):
 def test_every_preset_reaches_the_network(preset):
     """Catches a preset that the command line cannot build, a value of it lost on the way, a flag that does
     not win."""
-    given = dict(size=64, in_channels=3, scale_shift=True) | unet.PRESETS[preset]
+    given = dict(size=64, in_channels=3, scale_shift=True, sigma_data=None) | unet.PRESETS[preset]
     given |= dict(learn_sigma=True, dropout=0.25)
     found = configured("--preset", preset, "--learn-sigma", "--dropout", "0.25", "--schedule", "cosine")
     assert found["network"] == given and found["process"] == dict(schedule="cosine", timesteps=1000)
@@ -485,9 +551,9 @@ def test_defaults_are_the_papers():
     """METHOD.md's settings where no flag is given; the small ones for the small network."""
     paper = configured("--data", "cifar10", "--p", "0.9", "--sigma", "0.2")
     assert paper["training"] == dict(
-        method="adv", lam=0.3, lam_units="x", omega=2.0, gamma=8 / 255, reg_share=1.0, balance=False,
-        flags=None, sigma_known=None, batch=128, lr=1e-4, ema=0.9999, amp=False, seed=0, init=None,
-        streams=train.STREAMS)
+        method="adv", lam=0.3, lam_units="x", omega=2.0, gamma=8 / 255, reg_share=1.0,
+        weighting="paper", flags=None, sigma_known=None, batch=128, lr=1e-4, ema=0.9999, amp=False, seed=0,
+        init=None, streams=train.STREAMS, sigma_data=None)
     assert paper["process"] == dict(schedule="linear", timesteps=1000)
     assert paper["network"]["channels"] == 128 and paper["network"]["dropout"] == 0.3
     args = train.arguments(["--data", "cifar10", "--method", "ddpm"])
@@ -522,6 +588,7 @@ def test_defaults_are_the_papers():
     ("--init nowhere.pt", "nowhere.pt: no such checkpoint"),
     ("--init TRAINED --res-blocks 2", "its res_blocks is 1, not 2"),
     ("--init TRAINED --timesteps 50", "its timesteps is 8, not 50"),
+    ("--init TRAINED --precondition", "its sigma_data is None, not 0.45"),
     ("--init TRAINED --preset lsun_bedroom", "--init .*: its scale_shift is True, not False"),
     ("--out /proc/run", "cannot write /proc/run")])
 def test_train_refuses(argv, expected, shapes, trained, tmp_path, monkeypatch, capsys):
@@ -596,8 +663,9 @@ def test_what_the_machine_cannot_do_is_said_before_the_work(shapes, tmp_path, mo
 def test_flags_without_an_effect_are_said(shapes, tmp_path, capsys):
     """Only those that were given: catches one that is ignored without a word, and noise about the others."""
     for argv, expected in (
-            (["--method", "ddpm", "--lam", "0.3", "--balance", "--flags", "conf1"],
-             {"--lam", "--balance", "--flags"}), (["--method", "ambient", "--omega", "2"], {"--omega"}),
+            (["--method", "ddpm", "--lam", "0.3", "--weighting", "balanced", "--flags", "conf1"],
+             {"--lam", "--weighting", "--flags"}), (["--method", "ddpm", "--weighting", "edm"], set()),
+            (["--method", "ambient", "--omega", "2", "--weighting", "edm"], {"--omega", "--weighting"}),
             (["--p", "0", "--sigma", "0", "--data-seed", "0"], {"--data-seed"}), ([], set())):
         train.arguments(flags(shapes, tmp_path, *argv))
         said = capsys.readouterr().err.splitlines()
@@ -713,6 +781,7 @@ PART = "out.2.bias"
     (["config", "network", "in_channels"], 6, "its in-channels 6: must be 3"),
     (["config", "network", "other"], 1, "its config's group 'network' has a 'other'"),
     (["config", "network", "dropout"], math.nan, "its dropout nan: must be a number"),
+    (["config", "network", "sigma_data"], 0.0, "its sigma-data 0.0: must be None, or a number from 1e-06"),
     (["config", "process", "schedule"], ["linear"], "its schedule .*must be linear or cosine"),
     (["config", "process", "timesteps"], 10**12, "its timesteps 1000000000000: must be"),
     (["config", "data", "low"], 2.0, "its low 2.0 is not below its high 1.0"),
