@@ -427,6 +427,21 @@ set_up() {
     cp requirements.txt .venv/installed.txt
 }
 
+# The tests in two halves side by side, each about a minute: what needs two processes shares one torchrun.
+run_tests() {
+    local half=0 rest=0 pair
+    pair=$(grep -l two_processes tests/test_*.py)
+    TEMPORARY=$(mktemp)
+    set -m                                                  # or they would ignore Ctrl-C, which some test
+    "$PYTHON" -m pytest -q $pair > "$TEMPORARY" 2>&1 &
+    set +m
+    trap 'kill $! 2> /dev/null || true; rm -f "$TEMPORARY"' EXIT
+    "$PYTHON" -m pytest -q test_core.py $(printf '%s\n' tests/test_*.py | grep -vxF "$pair") || rest=$?
+    wait $! || half=$?
+    cat "$TEMPORARY"
+    exit $((half > rest ? half : rest))
+}
+
 # Shapes stand in for the data sets that no script can download.
 dry_images() {
     rm -rf "$ROOT"
@@ -475,7 +490,7 @@ if [ "${DEVICES%%:*}" != GPUs ]; then
     fail "$PYTHON: ${reason:-this is no Python}; requirements.txt says what is needed"
 fi
 DEVICES=${DEVICES#GPUs:}
-if [ "$SCALE" = test ]; then exec "$PYTHON" -m pytest -q test_core.py tests; fi
+if [ "$SCALE" = test ]; then run_tests; fi
 
 GPUS=$(($(echo $DEVICES | wc -w)))
 LAUNCH=$PYTHON

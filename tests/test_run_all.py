@@ -296,6 +296,19 @@ def test_every_chain_has_its_gpus(kit, environment, expected):
     assert sorted(started) == sorted(expected), printed
 
 
+def test_the_tests_run_in_two_halves(kit):
+    """Catches a test file that no half runs, or both, and a failure of either half that is not the status."""
+    (kit.folder / "tests").mkdir()
+    for name, text in (("test_a", "two_processes"), ("test_b", ""), ("test_ab", ""), ("other", "")):
+        (kit.folder / "tests" / f"{name}.py").write_text(text)
+    (kit.folder / "stubs" / "pytest.py").write_text("")
+    for fail, status in (("none", 0), ("-q tests/test_a.py", 137), ("-q test_core.py", 137)):
+        assert kit.run("test", FAIL=fail)[2] == status
+        words = kit.commands.read_text().split()
+        assert sorted(word for word in words if word.endswith(".py")) == [
+            "test_core.py", "tests/test_a.py", "tests/test_ab.py", "tests/test_b.py"]
+
+
 REFUSALS = [
     ("fast", {}, "'fast' is not known; it is: bash run_all.sh"),
     ("quick table9", {}, "'table9' is not a table of quick; they are: cost fig6"),
