@@ -34,7 +34,7 @@ from common import (Progress, UserError, check_out, check_ranges, command_line, 
                     parser_of, pyplot, save_figure, write_json)
 from gaussian import predicted_plane
 from report import LESS, METHODS, at_optimum, judge, show
-from sample import reverse_step, sample
+from sample import reverse_step, sample, say_idle
 from train import draw, lambda_t, radius, training_loss
 from unet import Schedule, at, timestep_embedding
 
@@ -594,6 +594,11 @@ def arguments(argv):
         raise UserError(f"--noise {args.noise}: a sweep compares clean with inlier")
     if args.sweep == "reg_share" and args.batch % 16:
         raise UserError(f"--batch {args.batch}: must be a multiple of 16, for a share of 1/16")
+    if args.sweep and args.method == "ddpm":
+        raise UserError(f"--sweep {args.sweep} --method ddpm: nothing of DDPM depends on it")
+    swept = {"lam": ["lam", "lam_units"], "omega": ["omega"]}.get(args.sweep, [])
+    regulariser = ["lam", "lam_units", "omega"] if args.method == "ddpm" else []
+    say_idle(parser, argv, [(swept, f"beside --sweep {args.sweep}"), (regulariser, "on --method ddpm")])
     check_out(args.out / "toy3d.json")
     return args
 

@@ -495,6 +495,8 @@ def open_images(args, first):
     images = Images(args.data, args.size, args.data_dir, args.p, args.sigma, args.data_seed)
     if args.batch > len(images):
         raise UserError(f"--batch {args.batch}: {args.data} has only {len(images)} images")
+    if args.p and not images.corrupted(np.arange(len(images))).any():
+        raise UserError(f"--p {args.p:g}: corrupts none of the {len(images)} images of {args.data}")
     return images
 
 

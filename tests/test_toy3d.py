@@ -399,13 +399,14 @@ def test_sweeps(sweep, names, short_process, tmp_path):
 
 
 def test_a_part_without_matplotlib(short_process, monkeypatch, tmp_path, capsys):
-    """Catches an import of matplotlib outside the figures' code, and a partial run that writes over a whole
-    one."""
+    """Catches an import of matplotlib outside the figures' code, a partial run that writes over a whole one,
+    and a flag without effect that is not said."""
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert toy(tmp_path, "--noise", "inlier", "--method", "adv") == {"toy3d-inlier-adv.json"}
-    files = toy(tmp_path, "--sweep", "omega", "--weighting", "balanced")
+    files = toy(tmp_path, "--sweep", "omega", "--weighting", "balanced", "--omega", "3")
     assert files == {"toy3d-inlier-adv.json", "toy3d-omega-balanced.json"}
-    assert "pip install matplotlib" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert "pip install matplotlib" in said.out and said.err.count("--omega has no effect beside --sweep") == 1
     assert strict(tmp_path / "toy3d-omega-balanced.json")["protocol"]["weighting"] == "balanced"
 
 
@@ -420,6 +421,7 @@ def test_a_part_without_matplotlib(short_process, monkeypatch, tmp_path, capsys)
     (["--lam", "nan"], "--lam nan: must be at least 0"),
     (["--omega", "0.5"], "--omega 0.5: must be at least 1"),
     (["--sweep", "lam", "--noise", "clean"], "--noise clean: a sweep compares clean with inlier"),
+    (["--sweep", "lam", "--method", "ddpm"], "--sweep lam --method ddpm: nothing of DDPM depends on it"),
     (["--sweep", "reg-share", "--batch", "24"], "--batch 24: must be a multiple of 16, for a share of 1/16")])
 def test_refusals(flags, expected, tmp_path):
     """Catches a bad flag that is found only after the training, or never."""

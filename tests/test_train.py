@@ -582,6 +582,7 @@ def test_defaults_are_the_papers():
     ("--channels 4096 --res-blocks 9", "the network: needs more than .* MiB of memory"),
     ("--preset lsun_bedroom --mult 1,1,2,2,4,4", "--size 8: 6 levels"),
     ("--sigma 0", "--p 0.9 --sigma 0: the one without the other corrupts nothing"),
+    ("--p 0.001", "--p 0.001: corrupts none of the 64 images of shapes"),
     ("--schedule linear --timesteps 10", "--timesteps 10"),
     ("--method ambient --learn-sigma", "--method ambient: .*leave out --learn-sigma"),
     ("--data nothing", "nothing"), ("--data-dir nowhere", "python data.py shapes"),
