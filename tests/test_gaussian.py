@@ -197,7 +197,8 @@ def test_predicted_is_what_fid_measures(p, steps, sampler):
     truth, N, schedule = small_truth(), 100_000, Schedule.named("linear", 40)
     how = dict(steps=steps, sampler=sampler, variance="large" if sampler == "ddpm" else None)
     result = gaussian.predicted(truth, protocol_of(p) | how)
-    assert result["closed_form"] == ("exact" if p in (0, 1) else "rule for 0 < p < 1")
+    assert result["closed_form"] == ("fixed point" if p in (0, 1) else "rule for 0 < p < 1")
+    assert gaussian.predicted(truth, protocol_of(1.0, method="ran") | how)["closed_form"] == "exact"
     rng, parts = np.random.default_rng(0), []
     basis = np.vstack([truth["components"], np.linalg.svd(truth["components"])[2][5:]])      # [27, 27]
     for count, noise in ((round(p * N), 0.04), (N - round(p * N), 0.0)):
