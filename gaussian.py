@@ -173,8 +173,9 @@ def predicted(truth, protocol):
     Rule: a network that can tell clean images from corrupted ones, as the many directions outside the
     subspace let it, filters each as its own kind. (Where it cannot, take the data's overall covariance.)
 
-    The fixed point takes like directions to stay alike. A network trained with noise of 0.2 everywhere (p = 1) did
-    not keep to it at t < 30: a few directions drew Eq. 8's signs to themselves, and the others kept more noise.
+    The fixed point takes like directions to stay alike. A network trained with noise of 0.2 on all images
+    (p = 1) did not keep to it at t < 30: a few directions drew Eq. 8's signs to themselves, and the others
+    kept more noise.
     """
     try:
         config, steps, attack = (protocol[key] for key in ("config", "steps", "attack"))
