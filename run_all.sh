@@ -442,14 +442,14 @@ run_tests() {
     exit $((half > rest ? half : rest))
 }
 
-# Shapes stand in for the data sets that no script can download.
+# Shapes of the size of CelebA's images stand in for the data sets that no script can download.
 dry_images() {
     rm -rf "$ROOT"
-    "$PYTHON" data.py shapes --num-samples 64 --size 160 --out "$ROOT/shapes"
+    "$PYTHON" data.py shapes --num-samples 64 --size 218 --out "$ROOT/shapes"
     mkdir "$ROOT/images"
     "$PYTHON" -c "import numpy, PIL.Image
-for k, image in enumerate(numpy.load('$ROOT/shapes/shapes-160.npy')):
-    PIL.Image.fromarray(image.transpose(1, 2, 0)).save(f'$ROOT/images/{k}.png')"
+for k, image in enumerate(numpy.load('$ROOT/shapes/shapes-218.npy')):
+    PIL.Image.fromarray(image.transpose(1, 2, 0)[:, 20:198]).save(f'$ROOT/images/{k}.png')"
 }
 
 ACTION=reproduce
