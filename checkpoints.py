@@ -126,7 +126,7 @@ def network_of(state_dict, size, heads):
                     attn.add(size >> (len(levels) - 1))
         if any(len(set(widths)) > 1 for widths in levels):  # guided-diffusion's halve and double the size
             raise UserError("not an improved-diffusion U-Net: its widths change inside a level, as with "
-                            "residual blocks that change the size (resblock_updown), which this U-Net has not")
+                            "residual blocks that change the size (resblock_updown); this U-Net has none")
         return dict(size=size, channels=channels, res_blocks=len(levels[0]),
                     mult=tuple(widths[0] // channels for widths in levels),
                     attn=tuple(sorted(attn, reverse=True)), heads=heads, in_channels=in_channels,
@@ -264,7 +264,8 @@ SCHEMA = dict(
     process=dict(schedule=("linear or cosine", lambda v: type(v) is str and v in ("linear", "cosine")),
                  timesteps=_whole(2, 10**6)),
     data=dict(name=("a name", lambda v: type(v) is str and len(v) <= 200 and v.isprintable()),
-              p=_number(0, 1), sigma=_number(0, 1000), low=_number(-1e6, 1e6), high=_number(-1e6, 1e6), float_data=_YES_OR_NO),
+              p=_number(0, 1), sigma=_number(0, 1000), low=_number(-1e6, 1e6),
+              high=_number(-1e6, 1e6), float_data=_YES_OR_NO),
     training={})
 
 
@@ -371,25 +372,3 @@ def _check_optimizer(optimizer, shapes):
             if not (_is_tensor(found, torch.float32) and found.shape == wanted and found.isfinite().all()):
                 raise ValueError(f"its optimizer lacks AdamW's {name} of parameter {k}, finite and of the "
                                  f"shape {wanted}")
-
-
-# -------------------------------------------------------------------------------- what a machine has room for
-
-def check_memory(flag, needed, device):
-    """UserError, before any of it is taken, if `needed` bytes are more than all the memory of a device."""
-    if device.type == "cuda":
-        total = torch.cuda.get_device_properties(device).total_memory
-    else:
-        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if needed > total:
-        raise UserError(f"{flag}: needs more than {needed / 2**20:,.0f} MiB of memory, and there are "
-                        f"{total / 2**20:,.0f}")
-
-
-def check_disk(out, needed):
-    """UserError if `needed` bytes are more than the disk of a file or folder to be written has left."""
-    folder = next(parent for parent in [Path(out), *Path(out).absolute().parents] if parent.is_dir())
-    disk = shutil.disk_usage(folder)
-    if disk.total and needed > disk.free:                   # some file systems do not say
-        raise UserError(f"--out {out}: {needed / 2**20:,.0f} MiB are needed there, and the disk has "
-                        f"{disk.free / 2**20:,.0f} left")

@@ -27,6 +27,7 @@ import http.client
 import io
 import json
 import math
+import shutil
 import time
 import urllib.request
 from pathlib import Path
@@ -271,6 +272,26 @@ def check_out(path, flag="--out"):
         raise UserError(f"{flag} {path}: {folder} is a file, not a folder")
     if not os.access(folder, os.W_OK | os.X_OK):
         raise UserError(f"{flag} {path}: the folder {folder} cannot be written")
+
+
+def check_memory(flag, needed, device):
+    """UserError, before any of it is taken, if `needed` bytes are more than all the memory of a device."""
+    if device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
+    else:
+        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > total:
+        raise UserError(f"{flag}: needs more than {needed / 2**20:,.0f} MiB of memory, and there are "
+                        f"{total / 2**20:,.0f}")
+
+
+def check_disk(out, needed):
+    """UserError if `needed` bytes are more than the disk of a file or folder to be written has left."""
+    folder = next(parent for parent in [Path(out), *Path(out).absolute().parents] if parent.is_dir())
+    disk = shutil.disk_usage(folder)
+    if disk.total and needed > disk.free:                   # some file systems do not say
+        raise UserError(f"--out {out}: {needed / 2**20:,.0f} MiB are needed there, and the disk has "
+                        f"{disk.free / 2**20:,.0f} left")
 
 
 def write_json(path, value):

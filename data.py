@@ -30,7 +30,6 @@ import math
 import multiprocessing
 import os
 import re
-import shutil
 import signal
 import stat
 import sys
@@ -44,8 +43,8 @@ from typing import Any, Callable, NamedTuple
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from common import (Progress, UserError, as_bytes, atomic_write, check_out, check_ranges, command_line,
-                    download, locked, parser_of, protocol_in, sha256_of, write_json)
+from common import (Progress, UserError, as_bytes, atomic_write, check_disk, check_out, check_ranges,
+                    command_line, download, locked, parser_of, protocol_in, sha256_of, write_json)
 
 SIZES = dict(cifar10=32, celeba=64, lsun_bedroom=256, imagenet64=64, butterflies=32, shapes=32, subspace=32)
 DRAWN = dict(shapes=10_000, subspace=50_000)                # sets made here: their number of images
@@ -807,10 +806,7 @@ def _write(path, blocks, dtype, count, size, skip_broken=False, advice="Repair o
     digest, broken, kept, low, high = hashlib.sha256(), [], 0, math.inf, -math.inf
     total, square, brightest = 0.0, 0.0, -1                 # sums of bytes: exact, on every machine
     with atomic_write(path) as temporary, open(temporary, "wb") as file:
-        needed = count * 3 * size * size * np.dtype(dtype).itemsize
-        free = shutil.disk_usage(path.parent).free
-        if needed > free:
-            raise UserError(f"{path} needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free")
+        check_disk(path, count * 3 * size * size * np.dtype(dtype).itemsize)
         header(count)
         progress = Progress(count, "images", path.stem)
         for block, bad, bright in blocks:

@@ -232,8 +232,8 @@ def read_score(path):
         r["variant"] += json.dumps(attack)
         return checked(r | numbers | dict(
             path=path, left=odd[0] if odd else None, odd=", ".join(odd), measures=sorted(numbers),
-            step=made["step"], n=made["num_samples"], sampler=made["sampler"], steps=made["steps"], attack=name, percent=percent,
-            iters=attack.get("iters"), draws=attack.get("eot"),
+            step=made["step"], n=made["num_samples"], sampler=made["sampler"], steps=made["steps"],
+            attack=name, percent=percent, iters=attack.get("iters"), draws=attack.get("eot"),
             picture=path.with_name(Path(result["samples"]).stem + ".png")))
 
 

@@ -32,10 +32,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from checkpoints import check_disk, check_memory, load_model
-from common import (NOISE_BLOCK, Progress, UserError, as_bytes, atomic_write, check_out, check_ranges,
-                    command_line, image_noise, is_first_process, locked, noise_estimate, parser_of,
-                    protocol_in, save_grid, sha256_of, start_processes)
+from checkpoints import load_model
+from common import (NOISE_BLOCK, Progress, UserError, as_bytes, atomic_write, check_disk, check_memory,
+                    check_out, check_ranges, command_line, image_noise, is_first_process, locked,
+                    noise_estimate, parser_of, protocol_in, save_grid, sha256_of, start_processes)
 from unet import at, in_bfloat16
 
 PATIENCE = 600          # seconds that a process waits for another without a sign of life

@@ -32,11 +32,11 @@ import torch
 import torch.distributed as dist
 
 import beyond
-from checkpoints import (check_disk, check_memory, load_checkpoint, misfit, network_of, previous_of,
-                         save_checkpoint)
-from common import (POSITIVE, Progress, UserError, as_bytes, atomic_write, broadcast, check_out, check_ranges,
-                    command_line, gather, generator, image_noise, locked, noise_estimate, parser_of,
-                    save_grid, sha256_of, start_processes, stream_seed, together, write_json)
+from checkpoints import load_checkpoint, misfit, network_of, previous_of, save_checkpoint
+from common import (POSITIVE, Progress, UserError, as_bytes, atomic_write, broadcast, check_disk,
+                    check_memory, check_out, check_ranges, command_line, gather, generator, image_noise,
+                    locked, noise_estimate, parser_of, save_grid, sha256_of, start_processes, stream_seed,
+                    together, write_json)
 from data import Images
 from sample import sample, say_idle, split_output
 from unet import PRESETS, Schedule, at, built, expand, in_bfloat16

@@ -9,6 +9,7 @@ import json
 import multiprocessing
 import os
 import resource
+import shutil
 import signal
 import struct
 import subprocess
@@ -722,8 +723,8 @@ def test_full_disk(tmp_path, monkeypatch):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert os.listdir(tmp_path) == []
-    monkeypatch.setattr(data.shutil, "disk_usage", lambda folder: SimpleNamespace(free=10_000))
-    with pytest.raises(UserError, match="GB are free"):
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=10_000, total=20_000))
+    with pytest.raises(UserError, match="--out .*shapes-32.npy: 0 MiB are needed there"):
         prepare("shapes", "--num-samples", 4, "--out", tmp_path)
     assert os.listdir(tmp_path) == []
 
