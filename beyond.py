@@ -58,7 +58,7 @@ def weights(schedule, weighting, sigma_data=None, **regulariser):
     """
     if weighting == "paper":
         return None, None
-    from gaussian import shrinkage      # here: it takes SciPy a second, and the paper's training needs none
+    from gaussian import shrinkage      # here: it loads SciPy, and the paper's training needs none
     weight, below = 1 / (1 + torch.as_tensor(shrinkage(schedule, **regulariser))), None             # [..., T]
     if weighting == "edm":
         weight = weight * (schedule.noise_level**2 + sigma_data**2) / sigma_data**2

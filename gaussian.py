@@ -24,7 +24,6 @@ from pathlib import Path
 import numpy as np
 from scipy.fft import dctn
 from scipy.special import gammaln, ndtr
-from scipy.stats import qmc
 
 from common import (POSITIVE, UserError, check_out, check_ranges, command_line, noise_estimate, parser_of,
                     pyplot, save_figure)
@@ -102,6 +101,7 @@ def optimum(schedule, V, weights=None, method="adv", **regulariser):
 def signs_of_few(A):
     """3 E[w w^T] of Eq. 8's w = delta_adv / r = clamp(u + STEP sign(A^T A u), -1, 1), u ~ U[-1, 1]^D, by the
     same Sobol points for all A [T, D, D] -> [T, D, D]. J of Eq. 8 is |s A delta|^2."""
+    from scipy.stats import qmc         # here: it takes half a second, and fid.py needs none of it
     u = 2 * qmc.Sobol(A.shape[-1], seed=0).random_base2(11) - 1                     # [N, D]
     w = (np.clip(u + STEP * np.sign(u @ A_t.T @ A_t), -1, 1) for A_t in A)          # each [N, D]
     return np.stack([3 * w_t.T @ w_t / len(u) for w_t in w])

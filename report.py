@@ -860,15 +860,19 @@ def price(results):
         text + "Displacement: by FGSM on all steps, rms a pixel." if text else "Not measured yet.")
 
 
+def with_closed_form(results):
+    """The scores that `optimum` shows, those with settings that no other table takes among them."""
+    return [r for r in results.scores if "rule" in r and not r["attack"]]
+
+
 def optimum(results):
     """Networks on subspace data beside what gaussian.py says of the method: how far their training came."""
     numbers, names = ("FD-exact", "ρ", "variance kept"), (
         "data", "size", "noise", "method", "lam", "odd", "tuned", "step", "sampler", "steps", "rule")
     found, rows = {}, []
-    for r in results.scores:
-        if "rule" in r and not r["attack"]:                 # with settings that no other table takes, too
-            way = tuple(r[name] for name in names)
-            found.setdefault((way, r["seed"]), dict(r, cell=way))
+    for r in with_closed_form(results):
+        way = tuple(r[name] for name in names)
+        found.setdefault((way, r["seed"]), dict(r, cell=way))
     found = list(found.values())
     for way in dict.fromkeys(sorted((r["cell"] for r in found), key=str)):
         where = dict(zip(names, way))
@@ -964,8 +968,9 @@ def main(argv=None):
     sections.insert(0, ("Results", f"{origin(args)}\n\n{HEADER}{charts}"))
     if results.claims:
         sections.append(("Claims", f"{said.capitalize()}. {CLAIMS}\n\n{claims_table(results.claims)}"))
-    shown = {r["path"] for r in results.records} | {
-        r["path"] for r in results.scores if "optimum" in args.tables and "rule" in r and not r["attack"]}
+    shown = {r["path"] for r in results.records}
+    if "optimum" in args.tables:
+        shown |= {r["path"] for r in with_closed_form(results)}
     left = [f"- `{r['path'].relative_to(args.runs)}`: {r['left'] or 'another has its cell'}"
             for r in results.scores if r["path"] not in shown]
     if left:
