@@ -4,8 +4,8 @@
     python train.py --data cifar10 --p 0.9 --sigma 0.2 --precondition --weighting edm
     python sample.py runs/cifar10-adv --sampler heun                    # for either, in 35 evaluations
 
-Without these flags nothing here has an effect. train.py and toy3d.py call `plan`, in one line between the
-draws of Algorithm 1 and its loss. What a share buys: results/price.md.
+Without these flags nothing here has an effect. train.py calls `plan`, in one line between the draws of
+Algorithm 1 and its loss. What a share buys: results/price.md.
 
 A factor of t alone leaves the minimiser at every t what it is, and decides how soon it is reached. 8x8
 subspace data, p 0.9, sigma 0.2, adv, --precondition, 800 steps of 64, Heun, FD-exact: 6.2 by the paper's sum,
@@ -21,20 +21,13 @@ WEIGHTINGS = "paper", "balanced", "edm"
 
 def add_arguments(parser):
     """The flags of train.py for what is beyond the paper."""
-    group = parser.add_argument_group("beyond the paper (see beyond.py)")
-    add = group.add_argument
+    add = parser.add_argument_group("beyond the paper (see beyond.py)").add_argument
     add("--reg-share", type=float, default=1.0, help="share of the batch on which the regulariser is "
         "computed, 1, 1/2, 1/3 ...: a step costs (3 + 5 share) / 3 of DDPM's (default 1, the paper's)")
     add("--precondition", action="store_true", help="Karras et al.'s parametrisation of the network, for the "
         "data set's sigma_data: the same minimiser, learnt in far fewer steps")
-    add_weighting(group)
-
-
-def add_weighting(parser):
-    """The flag that toy3d.py has, too."""
-    parser.add_argument("--weighting", choices=WEIGHTINGS, default="paper", help="of the loss at t: the "
-                        "paper's sum (default), that divided by 1 + c_t, or by 1 + c_t with EDM's t and "
-                        "weights. The same minimiser")
+    add("--weighting", choices=WEIGHTINGS, default="paper", help="of the loss at t: the paper's sum "
+        "(default), that divided by 1 + c_t, or by 1 + c_t with EDM's t and weights. The same minimiser")
 
 
 def rounded_share(reg_share, batch, world):
@@ -48,8 +41,8 @@ def rounded_share(reg_share, batch, world):
 
 
 def weights(schedule, weighting, sigma_data=None, **regulariser):
-    """What `plan` takes for a weighting: the loss's weight at every t, float32 [..., T], and below which
-    share of the draws every t is, float32 [T]; None for a weight of 1, and for uniform draws.
+    """What `plan` takes for a weighting: the loss's weight at every t, float32 [T], and below which share of
+    the draws every t is, float32 [T]; None for a weight of 1, and for uniform draws.
 
     schedule: float64, on the CPU. sigma_data: of the data, for `edm`. regulariser: as in gaussian.shrinkage,
     which gives c_t: alpha_bar v + (1 - alpha_bar) (1 + c_t) is the loss's curvature along data of variance v.
@@ -59,7 +52,7 @@ def weights(schedule, weighting, sigma_data=None, **regulariser):
     if weighting == "paper":
         return None, None
     from gaussian import shrinkage      # here: it loads SciPy, and the paper's training needs none
-    weight, below = 1 / (1 + torch.as_tensor(shrinkage(schedule, **regulariser))), None             # [..., T]
+    weight, below = 1 / (1 + torch.as_tensor(shrinkage(schedule, **regulariser))), None             # [T]
     if weighting == "edm":
         weight = weight * (schedule.noise_level**2 + sigma_data**2) / sigma_data**2
         below = torch.special.ndtr((schedule.between_noise_levels() + 1.2) / 1.2)
@@ -70,29 +63,28 @@ def weights(schedule, weighting, sigma_data=None, **regulariser):
 def plan(lam_t, t, chance, method, reg_share=1.0, weight_t=None, below=None):
     """Which timesteps the rows of a batch get, how their loss is weighed, and which of them are regularised.
 
-    lam_t [..., T]: lambda_t at beta = 1; t uniform and chance ~ U[0, 1), both [..., B]; weight_t and below:
-    of `weights`.
-    -> t [..., B]; weight [..., B], the factor of every term of a row's loss; and the parts of the batch, each
-    (rows, method, factor of lambda). By default: t, 1, and one part, all rows.
+    lam_t [T]: lambda_t at beta = 1; t uniform and chance ~ U[0, 1), both [B]; weight_t and below: of
+    `weights`.
+    -> t [B]; weight [B], the factor of every term of a row's loss; and the parts of the batch, each (rows,
+    method, factor of lambda). By default: t, 1, and one part, all rows.
 
     A share below 1: few rows are regularised, with lambda / share, and they stand for all. In the paper's sum
     lambda_t differs 20-fold over t, so their t are drawn from q(t) ~ 1 + lambda_t and weighed by uniform /
     q(t): the same expectation, less noise.
     """
-    rows, weight = t.shape[-1], torch.ones_like(chance)
+    weight = torch.ones_like(chance)
     if below is not None:
         t = torch.searchsorted(below, (t + chance) / len(below))            # of a uniform number in 0 ... 1
     if weight_t is not None:
-        weight = weight_t.expand(*t.shape[:-1], -1).gather(-1, t)
+        weight = weight_t[t]
     if method in ("ddpm", "ambient"):                       # their loss has one term
-        return t, weight, [(slice(0, rows), method, 1.0)]
-    few = round(reg_share * rows)                   # images and draws are new in every step: any rows will do
-    regularised, plain = (slice(0, few), method, 1 / reg_share), (slice(few, rows), "ddpm", 1.0)
+        return t, weight, [(slice(0, len(t)), method, 1.0)]
+    few = round(reg_share * len(t))                 # images and draws are new in every step: any rows will do
+    regularised, plain = (slice(0, few), method, 1 / reg_share), (slice(few, len(t)), "ddpm", 1.0)
     if reg_share < 1 and weight_t is None:
-        total = 1 + lam_t                                 # [..., T]: how heavily the two terms weigh together
-        below = total.cumsum(dim=-1)
-        drawn = torch.searchsorted(below / below[..., -1:], chance[..., :few].contiguous())
-        t = torch.cat([drawn, t[..., few:]], dim=-1)
-        factor = total.mean(dim=-1, keepdim=True) / total.gather(-1, drawn)             # uniform / q(t)
-        weight = torch.cat([factor, weight[..., few:]], dim=-1)
-    return t, weight, [regularised, plain] if few < rows else [regularised]
+        total = 1 + lam_t                                   # [T]: how heavily the two terms weigh together
+        below = total.cumsum(dim=0)
+        drawn = torch.searchsorted(below / below[-1], chance[:few].contiguous())
+        t = torch.cat([drawn, t[few:]])
+        weight = torch.cat([total.mean() / total[drawn], weight[few:]])     # uniform / q(t)
+    return t, weight, [regularised, plain] if few < len(t) else [regularised]

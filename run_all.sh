@@ -9,8 +9,8 @@
 #   bash run_all.sh test                   the tests
 #
 # Tables: cost toy fig3 table1 table2 fig6 fig7 fig8 table4 table5 (fig. 4, 5, 12 to 24 come with them), and, only
-# where it is asked for, two of quick's that are beyond the paper: price, the cost of the regulariser, and theory, the
-# closed form beside trained networks. They are made one after another, the cheapest first, each followed by report.py.
+# where it is asked for, two of quick's that are beyond the paper: theory, the closed form beside trained networks, and
+# speed, seconds of training to a quality. They are made one after another, the cheapest first, each followed by report.py.
 # The commands of one model are a chain; chains run side by side. What is there already is skipped: a run that was
 # stopped goes on. A command that fails ends its chain alone.
 #
@@ -27,23 +27,24 @@ cd "$(dirname "$0")"
 # ------------------------------------------------------------------------------------------------- the scales
 
 quick() {
-    TABLES="cost fig6 fig7 table1 fig8 toy fig3 table2 table4 table5" BEYOND="price theory" ROOT=runs/quick DATA=data
-    MAIN=subspace DATASETS=subspace FIG7=subspace FIG7_NOISES="0.9:0.2" TABLE4=subspace
-    SUBSPACE_IMAGES=shapes SIZE=4
-    SEEDS="0 1 2" STEPS=600 TUNE=150 FULL=100 DDIM=50 N=256 N_ATTACK=128 ATTACK_STEPS=48
-    # So short a training needs another weighting: FD-exact is ten times larger without, high noise levels not learnt yet.
-    TRAIN="--preset small --mult 1 --batch 32 --lr 2e-3 --ema 0.99 --weighting balanced --sample-every 150"
-    SAMPLE="--batch 256" ATTACK="--iters 5 --eot 2" FEATURES="--features pixels" METRIC=fd-pixels
+    TABLES="pictures fig6 cost toy fig3 table1 table2 fig7 table5 table4 fig8" BEYOND="theory speed"
+    ROOT=runs/quick DATA=data MAIN=subspace DATASETS=subspace FIG7=subspace FIG7_NOISES="0.9:0.2" TABLE4=subspace
+    SUBSPACE_IMAGES=shapes SIZE=8 FEW=256 SHAPES=""
+    SEEDS="0 1 2" STEPS=400 TUNE=100 FULL=50 DDIM=25 N=500 N_FEWER=250 N_ATTACK=100 ATTACK_STEPS=48
+    # The paper's loss and samplers, but not its network and weighting, which need 50 times as many steps (beyond.py).
+    TRAIN="--preset small --mult 1,1 --batch 64 --lr 2e-3 --ema 0.99 --precondition --weighting edm"
+    TRAIN="$TRAIN --sample-every 100" REGULARISED="--reg-share 0.25"
+    SAMPLE="--batch 250" ATTACK="--iters 5 --eot 2" FEATURES="--features pixels" METRIC=fd-pixels
     TOY="" TOY_SWEEP="--seeds 1" LARGE_TRAIN="" LARGE_SAMPLE=""
-    ABOUT="4x4 subspace data, $STEPS steps a model: about 30 minutes on two slow cores, price two hours more"
+    ABOUT="Small images, $STEPS steps a model: half an hour on two slow cores, the first picture in five minutes"
 }
 
 paper() {
     TABLES="cost toy fig3 fig6 table1 table5 table4 table2 fig7 fig8" BEYOND="" ROOT=runs/paper DATA=data
     MAIN=cifar10 DATASETS="cifar10 celeba lsun_bedroom imagenet64" FIG7=lsun_bedroom
-    FIG7_NOISES="0:0 0.9:0.1 0.9:0.2" TABLE4=celeba SUBSPACE_IMAGES=butterflies SIZE=""
-    SEEDS=0 STEPS=500000 TUNE=158300 FULL=1000 DDIM=250 N=50000 N_ATTACK=50000 ATTACK_STEPS=1000
-    TRAIN="--sample-every 50000" SAMPLE="--batch 500" ATTACK="" FEATURES="" METRIC=fid TOY="" TOY_SWEEP=""
+    FIG7_NOISES="0:0 0.9:0.1 0.9:0.2" TABLE4=celeba SUBSPACE_IMAGES=butterflies SIZE="" FEW="" SHAPES=""
+    SEEDS=0 STEPS=500000 TUNE=158300 FULL=1000 DDIM=250 N=50000 N_FEWER=50000 N_ATTACK=50000 ATTACK_STEPS=1000
+    TRAIN="--sample-every 50000" REGULARISED="" SAMPLE="--batch 500" ATTACK="" FEATURES="" METRIC=fid TOY="" TOY_SWEEP=""
     LARGE_TRAIN="--microbatch 4" LARGE_SAMPLE="--batch 64"  # 256x256 images do not fit a GPU of 80 GB otherwise
     ABOUT="$STEPS steps a model: every training shows the time that it needs"
 }
@@ -51,7 +52,7 @@ paper() {
 # The paper's commands with what makes them short appended: the last of two equal flags counts.
 dry() {
     paper
-    ROOT=runs/dry DATA=runs/dry/data SIZE=16 STEPS=2 TUNE=1 N=2 N_ATTACK=2
+    ROOT=runs/dry DATA=runs/dry/data SIZE=16 STEPS=2 TUNE=1 N=2 N_FEWER=2 N_ATTACK=2
     TRAIN="--sample-every 50000 --channels 32 --res-blocks 1 --mult 1,1 --attn 8 --heads 2 --timesteps 25"
     TRAIN="$TRAIN --batch $((4 * GPUS_PER_MODEL))" SAMPLE="--batch 500 --steps 2" LARGE_SAMPLE="--batch 64 --steps 2"
     ATTACK="--iters 2 --eot 2"
@@ -63,8 +64,16 @@ dry() {
 
 # ------------------------------------------------------------------------------------------------- the tables
 
+# What the method does, to be seen, the first thing that quick makes: images of which 90 % are noisy, two models'.
+pictures() {
+    local method
+    SIZE=16 STEPS=500 FULL=100 N=256
+    TRAIN="--preset small --batch 32 --lr 2e-3 --ema 0.99 --precondition --weighting edm --sample-every 100"
+    for method in ddpm adv; do one shapes $method 0.9 0.2 seed0 --seed 0; done
+}
+
 # A step of ddpm, ran and adv: a table of its own, so that nothing else runs meanwhile.
-cost() { training "$MAIN" adv 0 0 cost; benchmark; }
+cost() { REGULARISED="" training "$MAIN" adv 0 0 cost; benchmark; }
 
 toy() {
     toy3d toy3d $TOY
@@ -85,7 +94,7 @@ table1() {
     done
     for method in ddpm adv; do
         model "$MAIN" $method 0 0 seed0 --seed 0
-        for steps in 300 500 1000; do samples ddpm $steps; done
+        for steps in 300 500 1000; do N=$N_FEWER samples ddpm $steps; done
         judge
     done
 }
@@ -99,7 +108,10 @@ table2() {
     one "$MAIN" inv 0 0 lam0.3 --lam 0.3
 }
 
+# In quick of so few images, and trained so long, that DDPM repeats them.
 fig6() {
+    local method
+    if [ "$FEW" ]; then MAIN=shapes SHAPES=$FEW DATA=$ROOT/$FEW-images STEPS=2000; fi
     for method in ddpm adv; do
         one "$MAIN" $method 0 0 seed0 --seed 0
         stage "$RUN/ddpm-$FULL.npz.memorize.json" "$PYTHON" memorize.py "$RUN/ddpm-$FULL.npz" --data "$MAIN" \
@@ -141,30 +153,12 @@ table5() {
     done
 }
 
-# Beyond the paper: the regulariser on a share of the batch, with the paper's weighting and balanced, on 3-D data,
-# on 8x8 subspace data and on real images, where a step is arithmetic and not overhead.
-price() {
-    ROOT=runs/price REPORT="--tables price"
-    toy3d toy3d-reg-share --sweep reg-share
-    toy3d toy3d-reg-share-balanced --sweep reg-share --weighting balanced
-    toy3d toy3d-reg-share-3-gaussians --sweep reg-share --data 3-gaussians
-    toy3d toy3d-reg-share-3-gaussians-balanced --sweep reg-share --data 3-gaussians --weighting balanced
-    SIZE=8 STEPS=1000 FULL=100 ATTACK_STEPS=100 N_ATTACK=64
-    TRAIN="--preset small --mult 1,1 --batch 64 --lr 1e-3 --ema 0.99"
-    prices subspace "0 1 2"
-    priced subspace 0 adv share0.25 --reg-share 0.25
-    SIZE=16 STEPS=400 FULL=50 ATTACK_STEPS=50 N_ATTACK=32
-    TRAIN="--preset small --mult 1,2 --attn 8 --batch 32 --lr 2e-3 --ema 0.98"
-    prices cifar10 "0 1"
-}
-
 # Beyond the paper: what gaussian.py predicts, measured on networks that are trained towards it.
 theory() {
     local seed noise
-    ROOT=runs/theory REPORT="--tables optimum" SIZE=8 STEPS=1600 N=1000 SAMPLE="--batch 500"
-    TRAIN="--preset small --mult 1,1 --batch 64 --lr 1e-3 --ema 0.99 --precondition --weighting edm"
+    ROOT=runs/theory REPORT="--tables optimum" STEPS=1000 N=1000
     for seed in $SEEDS; do
-        for noise in "1 0.2" "0.9 0.2" "0 0"; do
+        for noise in "0.9 0.2" "1 0.2" "0 0"; do
             theoretical ddpm "$noise" "$seed" ddpm
             theoretical adv "$noise" "$seed" omega2
             theoretical adv "$noise" "$seed" omega8 --omega 8
@@ -180,23 +174,28 @@ theoretical() {                                             # METHOD NOISE SEED 
     judge
 }
 
-prices() {                                                  # DATA SEEDS
-    for seed in $2; do
-        priced "$1" "$seed" ddpm ddpm
-        for share in 1 0.25 0.125; do balanced "$1" "$seed" $share; done
+# Beyond the paper: seconds of training against the distance, as the training is made quicker step by step.
+speed() {
+    local seed all="--preset small --mult 1,1 --batch 64 --lr 2e-3 --ema 0.99"
+    ROOT=runs/speed REPORT="--tables speed" N=1000 REGULARISED=""
+    for seed in $SEEDS; do
+        for method in ddpm adv; do
+            TRAIN=$all; along "$method" "$seed" paper
+            TRAIN="$TRAIN --precondition"; along "$method" "$seed" preconditioned
+            TRAIN="$TRAIN --weighting edm"; along "$method" "$seed" edm
+        done
+        along adv "$seed" edm-share0.25 --reg-share 0.25
     done
-    for share in 0.5 0.0625; do balanced "$1" 0 $share; done
-    priced "$1" 0 adv share1
 }
 
-balanced() { priced "$1" "$2" adv "share$3-balanced" --reg-share "$3" --weighting balanced; }    # DATA SEED SHARE
-
-priced() {                                                  # DATA SEED METHOD NAME [flags]
-    model "$1" "$3" 0.9 0.2 "$4-seed$2" --seed "$2" "${@:5}"
+along() {                                                   # METHOD SEED NAME [flags]
+    local steps
+    for steps in 50 100 200 400 800 1600; do
+        STEPS=$steps model subspace "$1" 0.9 0.2 "$3-seed$2" --seed "$2" "${@:4}"
+        sampled "heun-18-step$steps" "heun-18-step$steps.npz" sample.py --sampler heun --num-samples "$N" --steps 18
+        judge
+    done
     benchmark
-    samples ddpm "$FULL"
-    attacked fgsm 100
-    judge
 }
 
 # -------------------------------------------------------------------------------- what the tables are made of
@@ -208,6 +207,7 @@ training() {
     CHAIN=${AFTER:-$RUN}
     prepare "$1"
     TRAINING="$LAUNCH train.py --data $1 --size $(size "$1") --data-dir $DATA --method $2 --p $3 --sigma $4"
+    case "$2" in ddpm | ambient) ;; *) TRAINING="$TRAINING $REGULARISED" ;; esac
     TRAINING="$TRAINING --steps $STEPS $TRAIN $(large "$LARGE_TRAIN" "") ${TRAIN_FLAGS:-} ${*:6} --out $RUN"
 }
 
@@ -217,6 +217,8 @@ prepare() {
     if [ "$1" = subspace ]; then
         flags="--images $SUBSPACE_IMAGES"
         if [ "$SUBSPACE_IMAGES" != shapes ]; then prepare "$SUBSPACE_IMAGES"; fi
+    elif [ "$1" = shapes ]; then
+        flags=${SHAPES:+--num-samples $SHAPES}
     else
         source=$(echo "$1" | tr '[:lower:]' '[:upper:]')    # CELEBA=img_align_celeba.zip
         flags=${!source:+--src ${!source}}

@@ -624,24 +624,6 @@ def test_timesteps_of_a_share_are_drawn_where_the_loss_weighs_most(settings):
     assert not t[N:].any() and bool((weight[N:] == 1).all())
 
 
-def test_networks_side_by_side_take_their_own_timesteps():
-    """Catches batched networks (toy3d.py: lam_t [S, T], t [S, B]) that take each other's."""
-    lam, omega = np.array([[0.3], [3.0]]), np.array([[2.0], [4.0]])
-    lam_t = torch.stack([every_lambda(), every_lambda(lam=3.0, omega=4.0)])
-    chance, t_uniform = torch.rand(2, 1000), torch.randint(1000, (2, 1000))
-    for weighting in beyond.WEIGHTINGS:
-        for method in ("adv", "ddpm"):
-            def tables(lam, omega):
-                return beyond.weights(Schedule.named("linear", 1000), weighting, 1.0, method=method, lam=lam,
-                                      omega=omega)
-
-            t, weight, _ = beyond.plan(lam_t, t_uniform, chance, method, 0.5, *tables(lam, omega))
-            for row in (0, 1):
-                own = tables(lam[row, 0], omega[row, 0])
-                alone = beyond.plan(lam_t[row], t_uniform[row], chance[row], method, 0.5, *own)
-                assert torch.equal(t[row], alone[0]) and torch.equal(weight[row], alone[1])
-
-
 @pytest.mark.parametrize("weighting", ["balanced", "edm"])
 @pytest.mark.parametrize("method, settings", [
     ("adv", {}), ("adv", dict(lam=1.0, lam_units="eps", omega=3.0, gamma=0.1)), ("ran", {}), ("ddpm", {})])

@@ -5,7 +5,6 @@ C.2, D).
     python toy3d.py --data oblique-plane --noise inlier --method adv
     python toy3d.py --sweep lam                             # noise removed against variance lost
     python toy3d.py --sweep omega
-    python toy3d.py --sweep reg-share --weighting balanced  # beyond the paper, see beyond.py
 
 Writes OUT/toy3d.json (a sweep: toy3d-lam.json ...), which report.py reads, and figures beside it.
 The loss is train.py's, the sampler sample.py's, the attack attack.py's. All networks of a method (data sets,
@@ -28,14 +27,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import beyond
 from attack import attacked_steps, fgsm, gradient_of, random_signs
 from common import (Progress, UserError, check_out, check_ranges, command_line, generator, image_noise,
                     parser_of, pyplot, save_figure, write_json)
 from gaussian import predicted_plane
 from report import LESS, METHODS, at_optimum, judge, show
 from sample import reverse_step, sample, say_idle
-from train import draw, lambda_t, radius, training_loss
+from train import draw, radius, training_loss
 from unet import Schedule, at, timestep_embedding
 
 DATA, NOISES = ["oblique-plane", "3-gaussians"], ["clean", "inlier", "outlier"]
@@ -43,8 +41,7 @@ T = 1000                                # linear schedule
 INLIER_P, INLIER_SIGMA = 0.9, 0.3       # share of the points, and deviation of their noise in data units
 OUTLIER_P, GRID = 0.2, 16               # share of the points; grid points along an edge of the bounding cube
 POINTS, HELD_OUT = 8192, 2048           # a network's training points; clean points to compare at
-SWEEPS = {"lam": [0.03, 0.1, 0.3, 0.5, 1.0], "omega": [1.0, 1.5, 2.0, 3.0, 4.0],
-          "reg_share": [1.0, 1 / 2, 1 / 4, 1 / 8, 1 / 16]}
+SWEEPS = {"lam": [0.03, 0.1, 0.3, 0.5, 1.0], "omega": [1.0, 1.5, 2.0, 3.0, 4.0]}
 SCORE_T, FIELD = 100, 21                # where scores are compared; points along an edge of a score field
 TRACES, EVERY = 256, 10                 # trajectories kept, and every how many steps they are looked at
 ATTACKED, VICTIMS = 250, 64             # attacked steps of T, and samples attacked
@@ -60,7 +57,6 @@ class Setup(NamedTuple):
     lam: float = 0.3
     lam_units: str = "x"
     omega: float = 2.0
-    reg_share: float = 1.0
 
 
 # --------------------------------------------------------------------------------------------------- the data
@@ -190,35 +186,25 @@ def draws_of(setups, step, batch):
     return map(torch.stack, zip(*(own[s.seed] for s in setups)))
 
 
-def train(setups, steps, batch, weighting="paper", lr=3e-3):
-    """Algorithm 1 for one network a setup, side by side: all of one method, lam_units and reg_share.
+def train(setups, steps, batch, lr=3e-3):
+    """Algorithm 1 for one network a setup, side by side: all of one method and lam_units.
 
     What becomes of a network depends on its setup alone. -> Networks, without gradients.
     """
-    (method, lam_units, reg_share), = {(s.method, s.lam_units, s.reg_share) for s in setups}
-    exact, nets = Schedule.named("linear", T), Networks([s.seed for s in setups])
-    schedule = exact.to("cpu")
+    (method, lam_units), = {(s.method, s.lam_units) for s in setups}
+    schedule, nets = Schedule.named("linear", T).to("cpu"), Networks([s.seed for s in setups])
     optimizer = torch.optim.AdamW(nets.parameters(), lr=lr, weight_decay=0.0, fused=True)
     rate = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     lam, omega = (torch.tensor([[getattr(s, name)] for s in setups]) for name in ("lam", "omega"))  # [S, 1]
-    regulariser = dict(lam=lam, lam_units=lam_units, omega=omega)
-    lam_t = lambda_t(schedule, torch.arange(T), torch.ones(T), **regulariser)                       # [S, T]
-    tables = beyond.weights(exact, weighting, sigma_data=1.0, method=method, lam=lam.double().numpy(),
-                            omega=omega.double().numpy(), lam_units=lam_units)
     points = torch.stack([standardised(s.data, training_points(s.data, s.noise, s.seed)) for s in setups])
     which = torch.arange(len(setups))[:, None]                                                      # [S, 1]
     progress = Progress(steps, "steps", f"{method} x {len(setups)}")
     for step in range(steps):
-        order, t, beta, eps, u, chance = draws_of(setups, step, batch)                  # [S, B] or [S, B, 3]
-        x_0 = points[which, order]                                                      # [S, B, 3]
-        t, weight, parts = beyond.plan(lam_t, t, chance, method, reg_share, *tables)    # [S, B]
+        order, t, beta, eps, u, _ = draws_of(setups, step, batch)                       # [S, B] or [S, B, 3]
+        terms = training_loss(nets, schedule, points[which, order], t, eps, beta, u, method, lam=lam,
+                              lam_units=lam_units, omega=omega)                         # Eq. 8, Eq. 6
         optimizer.zero_grad()
-        for rows, kind, strength in parts:
-            own = slice(None), rows                         # of every network
-            terms = training_loss(nets, schedule, x_0[own], t[own], eps[own], beta[own], u[own], kind,
-                                  **regulariser | dict(lam=strength * lam))             # Eq. 8, Eq. 6
-            loss = (weight[own] * sum(terms.values())).sum() / batch
-            loss.backward()                                 # summed over networks: each has its own gradient
+        sum(terms.values()).mean(dim=1).sum().backward()    # summed over networks: each has its own gradient
         optimizer.step()                                                               # theta - eta grad L_AT
         rate.step()
         progress.update(step + 1)
@@ -397,7 +383,7 @@ def summary(setups, results, sweep):
     """A record, a dict, for every configuration: its setup with the number of seeds for the seed, the `name`
     by which CLAIMS know it, a `cell` for each of COLUMNS, and its `closed_form`."""
     name = {None: "{noise} {method}", "lam": "{noise} {lam_units} {lam:g}",
-            "omega": "{noise} omega {omega:g}", "reg_share": "{noise} share {reg_share:g}"}[sweep]
+            "omega": "{noise} omega {omega:g}"}[sweep]
     of_seeds = {}
     for setup, (numbers, _, _) in zip(setups, results):
         of_seeds.setdefault(setup._replace(seed=None), []).append(numbers)
@@ -557,7 +543,7 @@ def draw_sweep(path, records, sweep, plt):
             ax.plot(*zip(*exact), "x:", color="grey", label=f"closed form, {units}", zorder=0)
             for x, y, r in zip(kept[:, 0], rms[:, 0], clean):
                 ax.annotate(f"{r[sweep]:g}", (x, y), textcoords="offset points", xytext=(4, 4), fontsize=8)
-    varied = dict(lam="λ", omega="ω", reg_share="share regularised")[sweep]
+    varied = dict(lam="λ", omega="ω")[sweep]
     ax.set(xlabel="variance kept, trained on clean data", ylabel="rms distance, trained on inlier noise",
            title=f"{records[0]['data']}: {varied} beside each point")
     ax.legend()
@@ -574,9 +560,7 @@ def arguments(argv):
     add("--noise", choices=NOISES, help="one corruption of the training data (default: all; a sweep "
         "takes clean and inlier)")
     add("--method", choices=METHODS, help="one method (default: all; a sweep: adv)")
-    add("--sweep", choices=[name.replace("_", "-") for name in SWEEPS], help="vary lambda, with both "
-        "readings of lambda_t, or omega, or the share of the batch that is regularised")
-    beyond.add_weighting(parser)
+    add("--sweep", choices=list(SWEEPS), help="vary lambda, with both readings of lambda_t, or omega")
     add("--lam", type=float, default=0.3, help="lambda, the strength of the regulariser (default 0.3)")
     add("--lam-units", choices=["x", "eps"], default="x", help="lambda_t = lambda sqrt(3) / (beta R): R in "
         "units of x_t (default) or of eps")
@@ -587,13 +571,10 @@ def arguments(argv):
     add("--num-samples", type=int, default=512, help="samples a network (default 512)")
     add("--out", type=Path, default=Path("runs/toy3d"), help="folder of the results (default runs/toy3d)")
     args = parser.parse_args(argv)
-    args.sweep = args.sweep and args.sweep.replace("-", "_")
     check_ranges(args, num_samples=(VICTIMS, 10**5), lam=(0, math.inf), omega=(1, math.inf), seeds=(1, 100),
                  steps=(1, 10**7), batch=(1, 10**4))
     if args.sweep and args.noise:
         raise UserError(f"--noise {args.noise}: a sweep compares clean with inlier")
-    if args.sweep == "reg_share" and args.batch % 16:
-        raise UserError(f"--batch {args.batch}: must be a multiple of 16, for a share of 1/16")
     if args.sweep and args.method == "ddpm":
         raise UserError(f"--sweep {args.sweep} --method ddpm: nothing of DDPM depends on it")
     swept = {"lam": ["lam", "lam_units"], "omega": ["omega"]}.get(args.sweep, [])
@@ -610,12 +591,11 @@ def configurations(args):
     noises = [args.noise] if args.noise else NOISES[:2] if sweep else NOISES
     methods = [args.method] if args.method else ["adv"] if sweep else METHODS
     units = ["x", "eps"] if sweep == "lam" else [args.lam_units]
-    lams, omegas, shares = (SWEEPS[name] if sweep == name else [single] for name, single in
-                            (("lam", args.lam), ("omega", args.omega), ("reg_share", 1.0)))
+    lams = SWEEPS["lam"] if sweep == "lam" else [args.lam]
+    omegas = SWEEPS["omega"] if sweep == "omega" else [args.omega]
     beside = list(itertools.product(data, noises, lams, omegas, range(args.seeds)))
-    return [[Setup(name, noise, method, seed, lam, unit, omega, share)
-             for name, noise, lam, omega, seed in beside]
-            for method, unit, share in itertools.product(methods, units, shares)]
+    return [[Setup(name, noise, method, seed, lam, unit, omega) for name, noise, lam, omega, seed in beside]
+            for method, unit in itertools.product(methods, units)]
 
 
 def main(argv=None):
@@ -626,19 +606,18 @@ def main(argv=None):
           "points each", flush=True)
     for group in groups:
         setups += group
-        results += measure(train(group, args.steps, args.batch, args.weighting), group, args.num_samples)
+        results += measure(train(group, args.steps, args.batch), group, args.num_samples)
     records = summary(setups, results, args.sweep)
     claims = claims_of(records)
 
-    weighting = None if args.weighting == "paper" else args.weighting
-    chosen = args.sweep, args.data, args.noise, args.method, weighting
-    name = "-".join(["toy3d", *(part.replace("_", "-") for part in chosen if part)])
+    chosen = args.sweep, args.data, args.noise, args.method
+    name = "-".join(["toy3d", *filter(None, chosen)])
     figures = []
     if (args.sweep or name == "toy3d") and (plt := pyplot()):
         figures = ([draw_sweep(args.out / f"{name}.png", records, args.sweep, plt)] if args.sweep else
                    draw_figures(args.out, setups, results, plt))
     protocol = dict(steps=args.steps, batch=args.batch, num_samples=args.num_samples, seeds=args.seeds,
-                    weighting=args.weighting, sweep=args.sweep, device="cpu", torch=torch.__version__,
+                    sweep=args.sweep, device="cpu", torch=torch.__version__,
                     figures=[path.name for path in figures])
     write_json(args.out / f"{name}.json", dict(protocol=protocol, records=records, claims=claims))
 

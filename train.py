@@ -42,6 +42,7 @@ from sample import sample, say_idle, split_output
 from unet import PRESETS, Schedule, at, built, expand, in_bfloat16
 
 GRID = 36               # images of a sample grid, made with 50 DDIM steps: sample.py's of seed 0
+SEEN = "training-images.png"    # the first images as the network sees them, noise and all
 STREAMS = 2       # raised when a run's random numbers change: a run that another version began is not resumed
 
 
@@ -490,7 +491,7 @@ def open_images(args, first):
     """-> the Images of a training; UserError where they are too few, or the run's folder cannot be
     written."""
     if first:                                               # which alone writes
-        for name in "checkpoint.pt", "checkpoint-previous.pt", "log.jsonl", grid_name(args.steps):
+        for name in "checkpoint.pt", "checkpoint-previous.pt", "log.jsonl", SEEN, grid_name(args.steps):
             check_out(args.out / name)
     images = Images(args.data, args.size, args.data_dir, args.p, args.sigma, args.data_seed)
     if args.batch > len(images):
@@ -664,7 +665,8 @@ def describe(args, config, trainer, images, assumed):
             f"method    {args.method}{method}{weighting}\n"
             f"training  steps {trainer.step} to {args.steps}, batch {args.batch} on {trainer.process.world} "
             f"{trainer.process.device.type} process(es), {'bfloat16' if args.amp else 'float32'}\n"
-            f"output    {args.out}/checkpoint.pt every {args.save_every} steps, log.jsonl, sample grids")
+            f"output    {args.out}/checkpoint.pt every {args.save_every} steps, log.jsonl, sample grids, "
+            f"{SEEN}")
 
 
 def grid_name(step):
@@ -804,6 +806,8 @@ def main(argv=None):
         log.say(describe(args, config, trainer, images, assumed))
         code = {f"{name}.py": sha256_of(Path(__file__).with_name(f"{name}.py"))[:12]
                 for name in "train beyond gaussian unet checkpoints sample data common".split()}
+        seen = images.read(np.arange(min(GRID, len(images)))).transpose(0, 2, 3, 1)     # [36, H, W, C]
+        together(lambda: first and save_grid(as_bytes(seen), args.out / SEEN))
         log.record(step=trainer.step, event="start", config=config, world=process.world, tf32=process.tf32,
                    device=process.device.type, torch=torch.__version__, code=code)
         run(args, trainer, images, assumed, log)

@@ -131,7 +131,7 @@ def parsed(command, monkeypatch):
     return found.value.args[0]
 
 
-@pytest.mark.parametrize("asked, chains", [("quick", 40), ("paper", 50), ("quick price", 30), ("dry", 50)])
+@pytest.mark.parametrize("asked, chains", [("quick", 40), ("paper", 50), ("quick theory speed", 57), ("dry", 50)])
 def test_commands_are_what_the_scripts_take(kit, monkeypatch, asked, chains):
     """Catches a flag that a script does not know or refuses, a command or a score twice in a chain, a chain
     without its data, a stage before the model or the samples that it needs, and an attack whose percentage is
@@ -139,7 +139,7 @@ def test_commands_are_what_the_scripts_take(kit, monkeypatch, asked, chains):
     listed = kit.listed(*asked.split(), TRAIN_FLAGS="--amp")
     scripts = {command.split()[0] for chain in listed for command in chain}
     every = {"data.py", "train.py", "sample.py", "attack.py", "fid.py", "memorize.py", "toy3d.py"}
-    assert len(listed) >= chains and scripts == every - ({"memorize.py"} if "price" in asked else set())
+    assert len(listed) >= chains and scripts == every - ({"attack.py", "memorize.py", "toy3d.py"} if "speed" in asked else set())
     for chain in listed:
         assert len(set(chain)) == len(chain)
         trained, sampled, judged = set(), set(), []
@@ -197,19 +197,25 @@ def test_tables_one_after_another_and_what_is_there_is_skipped(kit):
     assert kit.run("quick", "fig6", "table4")[0] == [report]
     for file in (kit.folder / "runs/quick/subspace/adv-p0.9-s0.1-fine-tuned").glob("ddpm-*"):
         file.unlink()
-    again = [command for chain in listed for command in chain if "s0.1-fine-tuned/ddpm-100.npz" in command]
+    again = [command for chain in listed for command in chain if "s0.1-fine-tuned/ddpm-50.npz" in command]
     assert kit.run("quick", "fig6", "table4")[0] == [*again, report] and len(again) == 2
 
 
-def test_price_has_a_folder_of_its_own(kit):
-    """Catches numbers of the price among the paper's tables, a table after it that goes into its folder."""
-    given, printed, status = kit.run("quick", "price", "cost", LANES="8")
+def test_what_is_beyond_the_paper_has_a_folder_of_its_own(kit):
+    """Catches its numbers among the paper's tables, a table after it that goes into its folder, samples of a
+    longer training under a shorter one's name, and scores of the last samples alone."""
+    given, printed, status = kit.run("quick", "speed", "cost", LANES="8")
     assert status == 0, printed
-    cost = given[given.index("report.py --runs runs/price --tables price"):]
-    assert [command.split()[0] for command in cost] == ["report.py", "data.py", "train.py", "report.py"]
-    assert cost[2].endswith("--out runs/quick/subspace/adv-p0-s0-cost --benchmark")
-    models = list((kit.folder / "runs/price").glob("*/*/samples-*.png"))
-    assert len(models) == 27 and all((model.parent / "benchmark.json").exists() for model in models)
+    cost = given[given.index("report.py --runs runs/speed --tables speed"):]
+    assert [command.split()[0] for command in cost] == ["report.py", "train.py", "report.py"]
+    assert cost[1].endswith("--out runs/quick/subspace/adv-p0-s0-cost --benchmark")
+    runs = list((kit.folder / "runs/speed/subspace").iterdir())
+    assert len(runs) == 21 and all((run / "benchmark.json").exists() for run in runs)
+    own = [command for command in given if " runs/speed/subspace/adv-p0.9-s0.2-edm-seed1" in command]
+    steps = ["50", "100", "200", "400", "800", "1600"]
+    assert [command.split()[0] for command in own] == 6 * ["train.py", "sample.py", "fid.py"] + ["train.py"]
+    assert [re.search(r"--steps (\d+)", command)[1] for command in own[::3]] == [*steps, "1600"]
+    assert [re.search(r"step(\d+).npz", command)[1] for command in own[1::3]] == steps
 
 
 @pytest.mark.parametrize("lanes", ["1", "2"])
@@ -222,8 +228,9 @@ def test_a_stage_that_dies_ends_its_chain_alone(kit, lanes):
     named = printed.split("These failed")[1]
     assert named.count("status 137") == 1 and "--method ddpm" in named
     assert ["train.py"] == [command.split()[0] for command in given if "/ddpm-p0" in command]
-    for finished in ("adv-p0-s0-seed0/ddpm-100.npz.memorize", "adv-p0.9-s0.2-lam0.2/ddpm-100.npz.fd-exact"):
-        assert (kit.folder / f"runs/quick/subspace/{finished}.json").exists()
+    for finished in ("shapes/adv-p0-s0-seed0/ddpm-50.npz.memorize",
+                     "subspace/adv-p0.9-s0.2-lam0.2/ddpm-50.npz.fd-exact"):
+        assert (kit.folder / f"runs/quick/{finished}.json").exists()
 
 
 @pytest.mark.parametrize("how", ["TERM", "TERM to all", "Ctrl-C"])
@@ -256,7 +263,7 @@ def test_output_that_nobody_reads(kit):
     assert process.stdout.readline().startswith("run_all.sh quick")
     process.stdout.close()
     assert process.wait(timeout=60) == 0
-    assert (kit.folder / "runs/quick/subspace/ddpm-p0-s0-seed0/ddpm-100.npz.memorize.json").exists()
+    assert (kit.folder / "runs/quick/shapes/ddpm-p0-s0-seed0/ddpm-50.npz.memorize.json").exists()
     assert kit.given()[-1] == "report.py --runs runs/quick"
 
 
@@ -310,7 +317,7 @@ def test_the_tests_run_in_two_halves(kit):
 
 REFUSALS = [
     ("fast", {}, "'fast' is not known; it is: bash run_all.sh"),
-    ("quick table9", {}, "'table9' is not a table of quick; they are: cost fig6"),
+    ("quick table9", {}, "'table9' is not a table of quick; they are: pictures fig6"),
     ("list paper price", {}, "'price' is not a table of paper"),
     ("quick", dict(LANES="x"), "LANES=x: must be a positive number"),
     ("quick", dict(LANES="0"), "LANES=0: must be a positive number"),

@@ -12,7 +12,6 @@ import scipy.stats
 import torch
 import torch.nn.functional as F
 
-import beyond
 import report
 import toy3d
 from common import UserError
@@ -110,50 +109,15 @@ def test_training_does_not_depend_on_the_company():
 
 def test_training_takes_the_setups_method_lambda_and_omega():
     """Catches a setting that is not handed on: lambda = 0 must be ddpm, everything else must differ."""
-    def trained(weighting="paper", **change):
-        return weights_of(toy3d.train([SETUPS[0]._replace(**change)], 4, 16, weighting))
+    def trained(**change):
+        return weights_of(toy3d.train([SETUPS[0]._replace(**change)], 4, 16))
 
     ddpm = trained(method="ddpm")
     torch.testing.assert_close(trained(lam=0.0), ddpm, rtol=1e-4, atol=1e-6)
     variants = [ddpm, trained(), trained(lam=1.0), trained(omega=4.0), trained(lam_units="eps"),
                 trained(method="ran"), trained(method="inv"), trained(noise="clean"), trained(data=MODES),
-                trained(seed=5), trained(reg_share=0.25), trained("balanced"), trained("edm")]
+                trained(seed=5)]
     assert all((a - b).abs().max() > 1e-4 for a, b in itertools.combinations(variants, 2))
-
-
-def test_training_is_the_loss_of_the_plan(monkeypatch):
-    """Catches a plan whose timesteps, weights, parts or lambda are not those of the loss, or that is made
-    with another setup's lambda_t."""
-    setup = SETUPS[0]._replace(reg_share=0.25, lam=1.0, lam_units="eps")
-    setups = [setup._replace(omega=omega) for omega in (3.0, 2.0)]
-    loss, seen = toy3d.training_loss, []
-
-    def half_plan(lam_t, t, chance, method, reg_share, weight_t, below):
-        s = (1 - Schedule.named("linear", 1000).alpha_bar).sqrt()
-        expected = torch.stack([math.sqrt(3) * s / (s**omega + 8 / 255) for omega in (3.0, 2.0)])
-        torch.testing.assert_close(lam_t.double(), expected, rtol=1e-4, atol=0)
-        assert (method, reg_share) == ("adv", 0.25) and chance.shape == t.shape == (2, 16)
-        asked = dict(method="adv", lam=np.ones((2, 1)), lam_units="eps", omega=np.array([[3.0], [2.0]]))
-        exact = beyond.weights(Schedule.named("linear", 1000), "edm", 1.0, **asked)
-        assert torch.equal(weight_t, exact[0]) and torch.equal(below, exact[1])
-        t, weight = t.clone(), torch.ones_like(chance)
-        t[:, :4], weight[:, :4] = 7, 0
-        return t, weight, [(slice(0, 4), "adv", 4.0), (slice(4, 16), "ddpm", 1.0)]
-
-    def watched(model, schedule, x_0, t, eps, beta, u, method, lam, **settings):
-        seen.append((method, bool((t == 7).all()), t.shape[1], lam.flatten().tolist()))
-        terms = loss(model, schedule, x_0, t, eps, beta, u, method, lam=lam, **settings)
-        return {name: term * (method not in left_out) for name, term in terms.items()}
-
-    monkeypatch.setattr(toy3d.beyond, "plan", half_plan)
-    monkeypatch.setattr(toy3d, "training_loss", watched)
-    left_out = []
-    found = weights_of(toy3d.train(setups, 3, 16, weighting="edm"), 1)
-    assert seen == 3 * [("adv", True, 4, [4.0, 4.0]), ("ddpm", False, 12, [1.0, 1.0])]
-    left_out = ["adv"]
-    assert torch.equal(found, weights_of(toy3d.train(setups, 3, 16, weighting="edm"), 1))      # weighed by 0
-    left_out = ["ddpm"]
-    assert not torch.equal(found, weights_of(toy3d.train(setups, 3, 16, weighting="edm"), 1))
 
 
 # ------------------------------------------------------------------------------------------- what is measured
@@ -383,8 +347,7 @@ def test_panels_show_what_was_sampled():
 
 @pytest.mark.parametrize("sweep, names", [
     ("lam", [f"{u} {x:g}" for u in ("x", "eps") for x in (0.03, 0.1, 0.3, 0.5, 1)]),
-    ("omega", [f"omega {x:g}" for x in (1, 1.5, 2, 3, 4)]),
-    ("reg-share", [f"share {x:g}" for x in (1, 0.5, 0.25, 0.125, 0.0625)])])
+    ("omega", [f"omega {x:g}" for x in (1, 1.5, 2, 3, 4)])])
 def test_sweeps(sweep, names, short_process, tmp_path):
     """Catches a sweep that varies another setting, leaves a value out, or writes over the whole run."""
     pytest.importorskip("matplotlib")
@@ -392,7 +355,7 @@ def test_sweeps(sweep, names, short_process, tmp_path):
     found = strict(tmp_path / f"toy3d-{sweep}.json")
     assert {r["name"] for r in found["records"]} == {f"{n} {x}" for n in ("clean", "inlier") for x in names}
     for r in found["records"]:
-        assert r["method"] == "adv" and float(r["name"].split()[-1]) == r[sweep.replace("-", "_")]
+        assert r["method"] == "adv" and float(r["name"].split()[-1]) == r[sweep]
     units = {r["name"]: r["lam_units"] for r in found["records"]}
     assert all(unit == (name.split()[1] if sweep == "lam" else "x") for name, unit in units.items())
     assert found["protocol"]["figures"] == [f"toy3d-{sweep}.png"]
@@ -403,12 +366,11 @@ def test_a_part_without_matplotlib(short_process, monkeypatch, tmp_path, capsys)
     and a flag without effect that is not said."""
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert toy(tmp_path, "--noise", "inlier", "--method", "adv") == {"toy3d-inlier-adv.json"}
-    files = toy(tmp_path, "--sweep", "omega", "--weighting", "balanced", "--omega", "3")
-    assert files == {"toy3d-inlier-adv.json", "toy3d-omega-balanced.json"}
+    files = toy(tmp_path, "--sweep", "omega", "--omega", "3")
+    assert files == {"toy3d-inlier-adv.json", "toy3d-omega.json"}
     said = capsys.readouterr()
     assert "pip install matplotlib" in said.out
     assert said.err.count("--omega has no effect beside --sweep") == 1
-    assert strict(tmp_path / "toy3d-omega-balanced.json")["protocol"]["weighting"] == "balanced"
 
 
 @pytest.mark.parametrize("flags, expected", [
@@ -422,8 +384,7 @@ def test_a_part_without_matplotlib(short_process, monkeypatch, tmp_path, capsys)
     (["--lam", "nan"], "--lam nan: must be at least 0"),
     (["--omega", "0.5"], "--omega 0.5: must be at least 1"),
     (["--sweep", "lam", "--noise", "clean"], "--noise clean: a sweep compares clean with inlier"),
-    (["--sweep", "lam", "--method", "ddpm"], "--sweep lam --method ddpm: nothing of DDPM depends on it"),
-    (["--sweep", "reg-share", "--batch", "24"], "--batch 24: must be a multiple of 16, for a share of 1/16")])
+    (["--sweep", "lam", "--method", "ddpm"], "--sweep lam --method ddpm: nothing of DDPM depends on it")])
 def test_refusals(flags, expected, tmp_path):
     """Catches a bad flag that is found only after the training, or never."""
     with pytest.raises(UserError, match=f"^{re.escape(expected)}$"):

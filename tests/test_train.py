@@ -422,7 +422,12 @@ def test_log_and_run_folder(shapes, trained, tmp_path):
     assert lines == [(1, None), (2, None), (3, None), (4, None), (4, "grid")]
     assert (checkpoint["step"], load_checkpoint(trained / "checkpoint-previous.pt")["step"]) == (4, 2)
     assert sorted(file.name for file in trained.iterdir()) == [
-        "checkpoint-previous.pt", "checkpoint.pt", "log.jsonl", "samples-00000004.png"]
+        "checkpoint-previous.pt", "checkpoint.pt", "log.jsonl", "samples-00000004.png", "training-images.png"]
+    with Image.open(trained / "training-images.png") as opened:     # its corner: the first image, corrupted
+        corner = np.asarray(opened)[:8, :8].transpose(2, 0, 1)
+    seen = Images("shapes", 8, shapes, 0.9, 0.2).read([0])[0]       # whose truth tests/test_data.py knows
+    assert np.abs(corner - np.clip(127.5 * (seen + 1), 0, 255)).max() <= 0.5 + 1e-4
+    assert np.abs(corner - np.load(shapes / "shapes-8.npy")[0].astype(float)).mean() > 5
     train.main(flags(shapes, tmp_path / "run", "--steps", 3, "--sample-every", 2, *DDPM))
     grids = [(line["step"], line["file"]) for line in log_of(tmp_path / "run") if line.get("event") == "grid"]
     assert grids == [(2, "samples-00000002.png"), (3, "samples-00000003.png")]
