@@ -548,9 +548,11 @@ def pyplot():
 
 
 def save_figure(figure, path):
-    """Writes a matplotlib figure as PNG, atomically, and closes it. -> the path."""
+    """Writes a matplotlib figure as PNG of 256 colours, atomically, and closes it. -> the path."""
     from matplotlib import pyplot as plt                    # installed, or there would be no figure
-    with atomic_write(path) as temporary:
-        figure.savefig(temporary, dpi=110)
+    figure.savefig(drawn := io.BytesIO(), dpi=110)
     plt.close(figure)
+    with Image.open(drawn) as picture, atomic_write(path) as temporary:
+        few = picture.convert("RGB").quantize(method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+        few.save(temporary, format="PNG", optimize=True)
     return path

@@ -31,7 +31,7 @@ from attack import attacked_steps, fgsm, gradient_of, random_signs
 from common import (Progress, UserError, check_out, check_ranges, command_line, generator, image_noise,
                     parser_of, pyplot, save_figure, write_json)
 from gaussian import predicted_plane
-from report import LESS, METHODS, at_optimum, judge, show
+from report import DASH, LESS, METHODS, judge, show
 from sample import reverse_step, sample, say_idle
 from train import draw, radius, training_loss
 from unet import Schedule, at, timestep_embedding
@@ -45,7 +45,7 @@ SWEEPS = {"lam": [0.03, 0.1, 0.3, 0.5, 1.0], "omega": [1.0, 1.5, 2.0, 3.0, 4.0]}
 SCORE_T, FIELD = 100, 21                # where scores are compared; points along an edge of a score field
 TRACES, EVERY = 256, 10                 # trajectories kept, and every how many steps they are looked at
 ATTACKED, VICTIMS = 250, 64             # attacked steps of T, and samples attacked
-PATHS, DOTS, ORANGE = 6, 768, "#D55E00"                 # trajectories and points in a panel
+PATHS, DOTS, BINS, ORANGE = 3, 768, 50, "#D55E00"       # trajectories, points, and bins in a panel
 
 
 class Setup(NamedTuple):
@@ -397,14 +397,12 @@ def claims_of(records):
     """The claims for which both configurations have been run, as report.py's `judge` gives them."""
     found = []
     for data, (claim, place, key, rule, *names) in itertools.product(DATA, CLAIMS):
-        cells = {r["name"]: r[key] for r in records if r["data"] == data}
+        of = {r["name"]: r for r in records if r["data"] == data}
         one_mode = key == "smallest_mode" and data == "oblique-plane"
-        if all(name in cells for name in names) and not one_mode:
+        if all(name in of for name in names) and not one_mode:
             shown = f"{data}, {COLUMNS[key]}: {', '.join(names)}"
-            found.append(judge(claim, place, shown, *rule, [cells[name] for name in names]))
-    for r, (key, title) in itertools.product(records, dict(rms="rms", kept="variance kept").items()):
-        if r["name"] == f"{r['noise']} {r['method']}" and r["closed_form"] and r["closed_form"][key] > 1e-3:
-            found.append(at_optimum(f"{r['data']}, {title}: {r['name']}", r[key], r["closed_form"][key]))
+            exact = [(of[name]["closed_form"] or {}).get(key) for name in names]
+            found.append(judge(claim, place, shown, *rule, [of[name][key] for name in names], exact))
     return found
 
 
@@ -434,7 +432,7 @@ def layouts():
         "fig6-right": [[("flow", data, "inlier", m) for m in pair] for data in DATA],
         "fig10": [[(kind, plane, noise, m) for m in ("ddpm", "inv") for kind in ("points", "paths")]
                   for noise in noisy],
-        "fig11": [[("flow", data, noise, m) for m in pair] for data in DATA for noise in noisy]}
+        "fig11": [[("flow", data, noise, m) for noise in noisy for m in pair] for data in DATA]}
 
 
 def in_plane(d, x):
@@ -457,17 +455,21 @@ def draw_panel(axes, panel, shown):
     if kind == "field":
         return draw_field(axes, data, own and own[1])
     points = training_points(data, noise, 0, DOTS) if method == "data" else own[0][-1, :DOTS]
-    axes.scatter(*in_plane(d, points).T, s=2, color=ORANGE, zorder=3)
-    axes.axhline(0, color="black", linewidth=0.6)                               # the plane
+    axes.axhline(0, color="black", linewidth=0.6, zorder=0)                     # the plane
+    axes.scatter(*in_plane(d, points).T, s=4, color=ORANGE, linewidths=0,
+                 alpha=1 if kind == "points" else 0.4)
     return draw_paths(axes, in_plane(d, own[0][:, :PATHS])) if kind == "paths" else None, "t"
 
 
 def draw_flow(axes, d, middle, path):
-    """The density of a coordinate of the samples over time: path [K, n, 2]."""
-    edges = np.linspace(-d.reach, d.reach, 101) + middle[d.flow]
+    """The density of a coordinate of the samples over time: path [K, n, 2]. Its colours follow the square
+    root, or the wide beginning would be black beside the narrow end."""
+    from matplotlib.colors import PowerNorm                 # installed, or nothing would be drawn
+    edges = np.linspace(-d.reach, d.reach, BINS + 1) + middle[d.flow]
     density = np.stack([np.histogram(row, edges)[0] for row in path[..., d.flow]], axis=1) / path.shape[1]
     axes.set(xlabel="t", ylabel=d.labels[d.flow])
-    return axes.imshow(100 * density, origin="lower", aspect="auto", cmap="magma", vmax=20,
+    return axes.imshow(100 * density, origin="lower", aspect="auto", cmap="magma", interpolation="nearest",
+                       norm=PowerNorm(0.5, 0, 50),
                        extent=[T, 0, edges[0], edges[-1]]), "% of the samples in a bin"
 
 
@@ -487,11 +489,14 @@ def draw_field(axes, data, score):
 
 
 def draw_paths(axes, path):
-    """Trajectories [K, n, 2] as thin lines, their colour the time."""
+    """Trajectories [K, n, 2] as lines whose colour is the time, thin while they are noise; their ends are
+    marked."""
     from matplotlib.collections import LineCollection       # installed, or nothing would be drawn
     pieces = np.stack([path[:-1], path[1:]], axis=2)                                        # [K - 1, n, 2, 2]
-    lines = LineCollection(pieces.reshape(-1, 2, 2), cmap="viridis", linewidths=0.5)
-    lines.set_array(np.repeat(np.linspace(T, 0, len(pieces)), path.shape[1]))
+    time, width = (np.repeat(np.linspace(*ends, len(pieces)), path.shape[1]) for ends in ((T, 0), (0.2, 1.3)))
+    lines = LineCollection(pieces.reshape(-1, 2, 2), cmap="viridis", linewidths=width)
+    lines.set_array(time)
+    axes.plot(*path[-1].T, "o", color="black", markersize=3.5, zorder=4)
     return axes.add_collection(lines)
 
 
@@ -626,9 +631,10 @@ def main(argv=None):
         [r["data"], r["name"], *(text_of(r[key]) for key in COLUMNS),
          *(show(r["closed_form"] and (r["closed_form"][key], None)) for key in exact)] for r in records])
     if claims:
-        print_table([["claim", "paper", "data, number: a, b", "rule", "a, b", "verdict"]] + [
+        print_table([["claim", "paper", "data, number: a, b", "rule", "a, b", "closed form", "verdict"]] + [
             [c["claim"], c["place"], c["shown"], c["rule"],
-             ", ".join(map(text_of, zip(c["values"], c["deviations"]))), c["verdict"]] for c in claims])
+             ", ".join(map(text_of, zip(c["values"], c["deviations"]))), c["closed_form"] or DASH,
+             c["verdict"] + (c["why"] and f": {c['why']}")] for c in claims])
     made = [args.out / f"{name}.json", *figures]
     print(f"made {', '.join(map(str, made))} in {time.perf_counter() - began:.0f} s")
 

@@ -246,30 +246,33 @@ def test_claims():
     missing runs or numbers, and the data sets mixed."""
     def verdicts(key, *records):
         claims = toy3d.claims_of(list(records))
-        return {c["claim"]: c["verdict"] for c in claims if f", {toy3d.COLUMNS[key]}:" in c["shown"]}
+        return {c["claim"]: (c["verdict"], c["why"], c["closed_form"]) for c in claims
+                if f", {toy3d.COLUMNS[key]}:" in c["shown"]}
 
-    def rms(method, mean, deviation=0.0, data=PLANE):
-        return record(f"inlier {method}", data, rms=(mean, deviation, 3))
+    def rms(method, mean, deviation=0.0, data=PLANE, exact=None):
+        form = exact and dict(rms=exact, kept=1.0)
+        return record(f"inlier {method}", data, rms=(mean, deviation, 3), closed_form=form)
 
     unlearns, diverges = "adv unlearns inlier noise", "invariance diverges, inlier noise"
+    holds, fails = ("holds", "", None), ("does not hold", "", None)
     clear = verdicts("rms", rms("ddpm", 0.3, 0.01), rms("adv", 0.05, 0.01), rms("inv", 2.0, 0.5))
-    assert clear == {unlearns: "holds", diverges: "holds"}
+    assert clear == {unlearns: holds, diverges: holds}
     close = verdicts("rms", rms("ddpm", 0.3, 0.1), rms("adv", 0.25, 0.1))
-    assert close == {unlearns: "holds (within the seeds' spread)"}
-    assert verdicts("rms", rms("ddpm", 0.05, 0.01), rms("adv", 0.3, 0.01)) == {unlearns: "does not hold"}
-    assert verdicts("rms", rms("ddpm", 0.3), rms("inv", 0.5)) == {diverges: "does not hold"}
+    assert close == {unlearns: ("cannot show", "within the deviations", None)}
+    assert verdicts("rms", rms("ddpm", 0.05, 0.01), rms("adv", 0.3, 0.01)) == {unlearns: fails}
+    assert verdicts("rms", rms("ddpm", 0.3), rms("inv", 0.5)) == {diverges: fails}
     assert verdicts("rms", rms("ddpm", 0.3), rms("adv", 0.1, data=MODES)) == {}
     missing = record("clean adv", kept=(None, None, 3))
-    assert set(verdicts("kept", record("clean ddpm"), missing).values()) == {"not measured"}
-    for share, verdict in ((0.6, "holds"), (0.4, "does not hold")):     # half of the smallest mode may go
+    assert set(verdicts("kept", record("clean ddpm"), missing).values()) == {
+        ("cannot show", "not measured", None)}
+    for share, verdict in ((0.6, holds), (0.4, fails)):     # half of the smallest mode may go
         fewer = record("clean adv", MODES, smallest_mode=(share, 0.0, 3))
         assert verdicts("smallest_mode", record("clean ddpm", MODES), fewer) == {
             "on clean data adv loses no mode": verdict}
     assert verdicts("smallest_mode", record("clean ddpm"), record("clean adv")) == {}       # it has one mode
-    for mean, deviation, verdict in ((0.104, 0.0, "holds"), (0.106, 0.0, "does not hold"),
-                                     (0.106, 0.01, "holds")):
-        reached = record("inlier adv", rms=(mean, deviation, 3), closed_form=dict(rms=0.1, kept=0.0))
-        assert list(verdicts("rms", reached).values()) == [verdict]
+    for exact, predicted in ((0.2, "holds"), (0.4, "does not hold")):
+        assert verdicts("rms", rms("ddpm", 0.3, exact=0.3), rms("adv", 0.1, exact=exact)) == {
+            unlearns: ("holds", "", predicted)}
 
 
 # ------------------------------------------------------------------------------------------- the command line
@@ -314,13 +317,15 @@ def test_everything(short_process, tmp_path, capsys):
     figures = {f"{name}.png" for name in ("fig2a", "fig2b", "fig2c", "fig6-right", "fig10", "fig11")}
     assert toy(tmp_path) == {"toy3d.json"} | figures        # after three steps many a number is not finite
     found = strict(tmp_path / "toy3d.json")
-    assert len(found["records"]) == 2 * 3 * 4 and len(found["claims"]) == 27 + 9
+    assert len(found["records"]) == 2 * 3 * 4 and len(found["claims"]) == 27
     assert set(found["protocol"]["figures"]) == figures
-    protocol = dict(steps=3, batch=16, num_samples=16, seeds=1, weighting="paper", sweep=None, device="cpu")
+    protocol = dict(steps=3, batch=16, num_samples=16, seeds=1, sweep=None, device="cpu")
     assert protocol.items() <= found["protocol"].items()
     assert "adv unlearns inlier noise" in capsys.readouterr().out
     read = report.read_toy(tmp_path / "toy3d.json")
-    assert read.claims == found["claims"] and {path.name for path in read.figures} == figures
+    order = report.VERDICTS.index
+    assert read.claims == sorted(found["claims"], key=lambda c: order(c["verdict"]))
+    assert {path.name for path in read.figures} == figures
     assert "| oblique-plane | inlier adv |" in read.text
 
 
@@ -341,8 +346,8 @@ def test_panels_show_what_was_sampled():
     np.testing.assert_allclose(points.get_offsets(), [[0, -up], [0, 0]], atol=1e-12)
     image, _ = toy3d.draw_panel(figure.add_subplot(), ("flow", PLANE, "inlier", "adv"), shown)
     density = image.get_array()                             # [distance from below, time]
-    assert density.shape == (100, 3) and density[50].tolist() == [100, 50, 50]
-    assert density[15].tolist() == [0, 0, 50] and density[84].tolist() == [0, 50, 0]    # -1.73, 1.73 of 2.5
+    assert density.shape == (50, 3) and density[25].tolist() == [100, 50, 50]
+    assert density[7].tolist() == [0, 0, 50] and density[42].tolist() == [0, 50, 0]     # -1.73, 1.73 of 2.5
 
 
 @pytest.mark.parametrize("sweep, names", [
