@@ -156,7 +156,7 @@ table5() {
 # Beyond the paper: what gaussian.py predicts, measured on networks that are trained towards it.
 theory() {
     local seed noise
-    ROOT=runs/theory REPORT="--tables optimum" STEPS=1000 N=1000
+    ROOT=runs/theory REPORT="--tables optimum" STEPS=600 N=1000
     for seed in $SEEDS; do
         for noise in "0.9 0.2" "1 0.2" "0 0"; do
             theoretical ddpm "$noise" "$seed" ddpm

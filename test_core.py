@@ -425,8 +425,8 @@ def test_what_the_noise_aware_baseline_is_told(shapes):
 def trainer(device="cpu", **changes):
     """A Trainer of the tiny network on 8x8 images, in this process."""
     training = dict(method="adv", lam=0.3, lam_units="x", omega=2.0, gamma=8 / 255, batch=4, lr=1e-3,
-                    ema=0.99, amp=False, seed=0, reg_share=1.0, weighting="paper", sigma_data=None)
-    network = dict(size=8, dropout=0.0, **TINY) | changes.pop("network", {})
+                    ema=0.99, amp=False, seed=0, reg_share=1.0, weighting="paper")
+    network = dict(size=8, dropout=0.0, sigma_data=None, **TINY) | changes.pop("network", {})
     process = dict(schedule="linear", timesteps=1000)
     config = dict(network=network, process=process, data={}, training=training | changes)
     return train.Trainer(config, None, False, SimpleNamespace(rank=0, world=1, device=torch.device(device)))
@@ -553,7 +553,7 @@ def on_meta(monkeypatch):
 
 META = [dict(method=method) for method in ("adv", "ran", "inv", "ddpm", "ambient")]
 META += [dict(reg_share=0.5), dict(reg_share=0.5, weighting="balanced"),
-         dict(weighting="edm", sigma_data=0.5, lam_units="eps", network=dict(sigma_data=0.5)),
+         dict(weighting="edm", lam_units="eps", network=dict(sigma_data=0.5)),
          dict(network=dict(learn_sigma=True, dropout=0.3)), dict(network=dict(scale_shift=False))]
 
 
@@ -639,7 +639,7 @@ def test_weightings_by_hand(weighting, method, settings):
     sigma, weight = np.sqrt(s2 / (1 - s2)), 1 / (1 + c)
     if weighting == "edm":
         weight = weight * sigma**2 * (sigma**2 + 0.4**2) / (sigma * 0.4)**2
-    made = trainer(weighting=weighting, method=method, sigma_data=0.4, **settings)
+    made = trainer(weighting=weighting, method=method, network=dict(sigma_data=0.4), **settings)
     t, chance = torch.randint(1000, (4096,)), torch.rand(4096)
     for reg_share in (1.0, 0.5):
         found, given, parts = beyond.plan(made.lam_t, t, chance, method, reg_share, *made.tables)

@@ -220,7 +220,7 @@ class Trainer:
         self.regulariser = {name: self.settings[name] for name in ("lam", "lam_units", "omega", "gamma")}
         every_t = torch.arange(len(self.schedule), device=process.device)
         self.lam_t = lambda_t(self.schedule, every_t, torch.ones_like(every_t), **self.regulariser)     # [T]
-        tables = beyond.weights(schedule, self.settings["weighting"], self.settings["sigma_data"],
+        tables = beyond.weights(schedule, self.settings["weighting"], config["network"]["sigma_data"],
                                 method=self.settings["method"], **self.regulariser)
         self.tables = [table if table is None else table.to(process.device) for table in tables]
 
@@ -459,6 +459,9 @@ def configuration(args, images, start, resume):
                 raise UserError(f"--init {args.init}: its {name} is {(from_file | process_from_file)[name]}, "
                                 f"not {value}")
         network, process = network | from_file | chosen, process_from_file | given(args, *PROCESS)
+    if args.weighting == "edm" and not network["sigma_data"]:
+        raise UserError("--weighting edm: needs --precondition; without it the weights of high noise levels, "
+                        "which are hardly drawn, undo the training. Take --weighting balanced")
     sizes = resolutions(network)
     for resolution in args.attn or ():
         if resolution not in sizes:
@@ -472,8 +475,7 @@ def configuration(args, images, start, resume):
     names = ("method", "lam", "lam_units", "omega", "gamma", "reg_share", "weighting", "flags", "sigma_known",
              "batch", "lr", "ema", "amp", "seed")
     training = {name: getattr(args, name) for name in names}
-    edm = args.weighting == "edm" and (network["sigma_data"] or sigma_data_of(args, images))
-    training |= dict(init=args.init and str(args.init), streams=STREAMS, sigma_data=edm or None)
+    training |= dict(init=args.init and str(args.init), streams=STREAMS)
     return dict(network=network, process=process, data=data, training=training)
 
 

@@ -480,8 +480,7 @@ def test_preconditioned_runs(shapes, trained, tmp_path):
     assert_same(tensors(tmp_path / "fast"), tensors(tmp_path / "whole"))
     pixels = np.load(shapes / "shapes-8.npy") / 127.5 - 1
     model, _, config, _ = load_model(tmp_path / "fast")
-    for group in ("network", "training"):
-        assert config[group]["sigma_data"] == pytest.approx(pixels.std())
+    assert config["network"]["sigma_data"] == pytest.approx(pixels.std())
     x, t = torch.randn(8, 3, 8, 8), torch.arange(8)
     plain, schedule = unet.built(config | dict(network=config["network"] | dict(sigma_data=None)))
     plain.load_state_dict(model.state_dict())
@@ -505,8 +504,7 @@ def test_preconditioned_runs(shapes, trained, tmp_path):
         train.main([*flags(shapes, trained, "--precondition"), "--steps", "5"])
 
 
-@pytest.mark.parametrize("flag", ["--precondition", "--weighting=edm"])
-def test_a_data_set_that_was_not_measured(flag, shapes, tmp_path):
+def test_a_data_set_that_was_not_measured(shapes, tmp_path):
     """One of before, whose .json has no sigma_data, does for the paper's training: else a line, not nan."""
     for file in shapes.iterdir():
         shutil.copy(file, tmp_path)
@@ -514,7 +512,7 @@ def test_a_data_set_that_was_not_measured(flag, shapes, tmp_path):
     for found in (None, 0.0, "x"):
         (tmp_path / "shapes-8.json").write_text(json.dumps(facts | dict(sigma_data=found)))
         with pytest.raises(UserError, match=f"--data shapes: its .json has sigma_data {found}, .*8.npy, and"):
-            train.main(flags(tmp_path, tmp_path / "run", "--steps", 1, flag))
+            train.main(flags(tmp_path, tmp_path / "run", "--steps", 1, "--precondition"))
     train.configuration(train.arguments(flags(tmp_path, "run")), Images("shapes", 8, tmp_path), None, False)
 
 
@@ -523,7 +521,6 @@ def test_runs_of_before_go_on(shapes, trained, tmp_path):
     one with the weights that there were once is another run."""
     old = torch.load(trained / "checkpoint-previous.pt", weights_only=True)
     del old["config"]["network"]["sigma_data"], old["config"]["training"]["weighting"]
-    del old["config"]["training"]["sigma_data"]
     for balance in (False, True):
         old["config"]["training"]["balance"] = balance
         save_checkpoint(tmp_path / f"run-{balance}" / "checkpoint.pt", old)
@@ -558,7 +555,7 @@ def test_defaults_are_the_papers():
     assert paper["training"] == dict(
         method="adv", lam=0.3, lam_units="x", omega=2.0, gamma=8 / 255, reg_share=1.0,
         weighting="paper", flags=None, sigma_known=None, batch=128, lr=1e-4, ema=0.9999, amp=False, seed=0,
-        init=None, streams=train.STREAMS, sigma_data=None)
+        init=None, streams=train.STREAMS)
     assert paper["process"] == dict(schedule="linear", timesteps=1000)
     assert paper["network"]["channels"] == 128 and paper["network"]["dropout"] == 0.3
     args = train.arguments(["--data", "cifar10", "--method", "ddpm"])
@@ -594,6 +591,7 @@ def test_defaults_are_the_papers():
     ("--init nowhere.pt", "nowhere.pt: no such checkpoint"),
     ("--init TRAINED --res-blocks 2", "its res_blocks is 1, not 2"),
     ("--init TRAINED --timesteps 50", "its timesteps is 8, not 50"),
+    ("--weighting edm", "--weighting edm: needs --precondition"),
     ("--init TRAINED --precondition", "its sigma_data is None, not 0.45"),
     ("--init TRAINED --preset lsun_bedroom", "--init .*: its scale_shift is True, not False"),
     ("--out /proc/run", "cannot write /proc/run")])
