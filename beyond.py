@@ -44,10 +44,10 @@ def weights(schedule, weighting, sigma_data=None, **regulariser):
     """What `plan` takes for a weighting: the loss's weight at every t, float32 [T], and below which share of
     the draws every t is, float32 [T]; None for a weight of 1, and for uniform draws.
 
-    schedule: float64, on the CPU. sigma_data: the network's, for `edm`. regulariser: as in gaussian.shrinkage,
-    which gives c_t: alpha_bar v + (1 - alpha_bar) (1 + c_t) is the loss's curvature along data of variance v.
-    `balanced`: 1 / (1 + c_t). `edm`: that times (sigma^2 + sigma_data^2) / sigma_data^2, EDM's weight of D in
-    terms of eps; and ln sigma ~ N(-1.2, 1.2^2), at the nearest t.
+    schedule: float64, on the CPU. sigma_data: the network's, for `edm`. regulariser: as in
+    gaussian.shrinkage, which gives c_t: alpha_bar v + (1 - alpha_bar) (1 + c_t) is the loss's curvature along
+    data of variance v. `balanced`: 1 / (1 + c_t). `edm`: that times (sigma^2 + sigma_data^2) / sigma_data^2,
+    EDM's weight of D in terms of eps; and ln sigma ~ N(-1.2, 1.2^2), at the nearest t.
     """
     if weighting == "paper":
         return None, None

@@ -8,9 +8,9 @@
 #   bash run_all.sh dry                    every command of `paper` for two steps on shrunken data and networks
 #   bash run_all.sh test                   the tests
 #
-# Tables: cost toy fig3 table1 table2 fig6 fig7 fig8 table4 table5 (fig. 4, 5, 12 to 24 come with them), and, only
-# where it is asked for, two of quick's that are beyond the paper: theory, the closed form beside trained networks, and
-# speed, seconds of training to a quality. They are made one after another, the cheapest first, each followed by report.py.
+# Tables: pictures cost toy fig3 table1 table2 fig6 fig7 fig8 table4 table5 (fig. 4, 5, 12 to 24 come with them), and,
+# only where they are asked for, those that are beyond the paper: evaluations, quality against the sampler's cost, and
+# of quick theory, the closed form beside trained networks, and speed, seconds of training to a quality. They are made one after another, the cheapest first, each followed by report.py.
 # The commands of one model are a chain; chains run side by side. What is there already is skipped: a run that was
 # stopped goes on. A command that fails ends its chain alone.
 #
@@ -27,11 +27,12 @@ cd "$(dirname "$0")"
 # ------------------------------------------------------------------------------------------------- the scales
 
 quick() {
-    TABLES="pictures fig6 cost toy fig3 table1 table2 fig7 table5 table4 fig8" BEYOND="theory speed"
-    ROOT=runs/quick DATA=data MAIN=subspace DATASETS=subspace FIG7=subspace FIG7_NOISES="0.9:0.2" TABLE4=subspace
+    TABLES="pictures fig6 cost toy fig3 table1 table2 fig7 table5 table4 fig8"
+    BEYOND="evaluations theory speed" ROOT=runs/quick DATA=data
+    MAIN=subspace DATASETS=subspace FIG7=subspace FIG7_NOISES="0.9:0.2" TABLE4=subspace
     SUBSPACE_IMAGES=shapes SIZE=8 FEW=256 SHAPES=""
     SEEDS="0 1 2" STEPS=400 TUNE=100 FULL=50 DDIM=25 N=500 N_FEWER=250 N_ATTACK=100 ATTACK_STEPS=48
-    # The paper's loss and samplers, but not its network and weighting, which need 50 times as many steps (beyond.py).
+    # The paper's loss and samplers; not its network and weighting, which need 50 times as many steps (beyond.py).
     TRAIN="--preset small --mult 1,1 --batch 64 --lr 2e-3 --ema 0.99 --precondition --weighting edm"
     TRAIN="$TRAIN --sample-every 100" REGULARISED="--reg-share 0.25"
     SAMPLE="--batch 250" ATTACK="--iters 5 --eot 2" FEATURES="--features pixels" METRIC=fd-pixels
@@ -40,11 +41,12 @@ quick() {
 }
 
 paper() {
-    TABLES="cost toy fig3 fig6 table1 table5 table4 table2 fig7 fig8" BEYOND="" ROOT=runs/paper DATA=data
+    TABLES="cost toy fig3 fig6 table1 table5 table4 table2 fig7 fig8" BEYOND=evaluations ROOT=runs/paper DATA=data
     MAIN=cifar10 DATASETS="cifar10 celeba lsun_bedroom imagenet64" FIG7=lsun_bedroom
     FIG7_NOISES="0:0 0.9:0.1 0.9:0.2" TABLE4=celeba SUBSPACE_IMAGES=butterflies SIZE="" FEW="" SHAPES=""
     SEEDS=0 STEPS=500000 TUNE=158300 FULL=1000 DDIM=250 N=50000 N_FEWER=50000 N_ATTACK=50000 ATTACK_STEPS=1000
-    TRAIN="--sample-every 50000" REGULARISED="" SAMPLE="--batch 500" ATTACK="" FEATURES="" METRIC=fid TOY="" TOY_SWEEP=""
+    TRAIN="--sample-every 50000" REGULARISED="" SAMPLE="--batch 500" ATTACK="" FEATURES="" METRIC=fid
+    TOY="" TOY_SWEEP=""
     LARGE_TRAIN="--microbatch 4" LARGE_SAMPLE="--batch 64"  # 256x256 images do not fit a GPU of 80 GB otherwise
     ABOUT="$STEPS steps a model: every training shows the time that it needs"
 }
@@ -64,7 +66,7 @@ dry() {
 
 # ------------------------------------------------------------------------------------------------- the tables
 
-# What the method does, to be seen, the first thing that quick makes: images of which 90 % are noisy, two models'.
+# What the method does, to be seen, the first thing that quick makes: noisy images, and those of two models.
 pictures() {
     local method
     SIZE=16 STEPS=500 FULL=100 N=256
@@ -153,6 +155,18 @@ table5() {
     done
 }
 
+# Beyond the paper: quality against the evaluations that a sampler takes.
+evaluations() {
+    local method steps
+    for method in ddpm adv; do
+        model "$MAIN" $method 0.9 0.2 seed0 --seed 0
+        for steps in 25 50 100 250; do samples ddpm $steps; done
+        for steps in 10 25 50 100 250; do samples ddim $steps; done
+        for steps in 5 9 18 36; do samples heun $steps; done
+        judge
+    done
+}
+
 # Beyond the paper: what gaussian.py predicts, measured on networks that are trained towards it.
 theory() {
     local seed noise
@@ -192,7 +206,7 @@ along() {                                                   # METHOD SEED NAME [
     local steps
     for steps in 50 100 200 400 800 1600; do
         STEPS=$steps model subspace "$1" 0.9 0.2 "$3-seed$2" --seed "$2" "${@:4}"
-        sampled "heun-18-step$steps" "heun-18-step$steps.npz" sample.py --sampler heun --num-samples "$N" --steps 18
+        sampled "heun-18-step$steps" "heun-18-step$steps.npz" sample.py --sampler heun --steps 18 --num-samples "$N"
         judge
     done
     benchmark
