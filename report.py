@@ -612,6 +612,7 @@ def sample_strips(results, name, models, least):
                 found.insert(0, (f"training images, {kind['noise']}".replace("σ", "sigma"), seen))
             text += strip(results, f"{name}-{tail}", [(title, tiles_of(file, kind["size"]))
                                                       for title, file in found])
+            print(f"made {results.out}/{name}-{tail}.png")
     return text
 
 

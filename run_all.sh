@@ -31,11 +31,11 @@ quick() {
     BEYOND="evaluations theory speed" ROOT=runs/quick DATA=data
     MAIN=subspace DATASETS=subspace FIG7=subspace FIG7_NOISES="0.9:0.2" TABLE4=subspace
     SUBSPACE_IMAGES=shapes SIZE=8 FEW=256 SHAPES=""
-    SEEDS="0 1 2" STEPS=400 TUNE=100 FULL=50 DDIM=25 N=500 N_FEWER=250 N_ATTACK=100 ATTACK_STEPS=48
+    SEEDS="0 1 2" STEPS=250 TUNE=80 FULL=50 DDIM=25 N=400 N_FEWER=100 N_ATTACK=64 ATTACK_STEPS=24
     # The paper's loss and samplers; not its network and weighting, which need 50 times as many steps (beyond.py).
-    TRAIN="--preset small --mult 1,1 --batch 64 --lr 2e-3 --ema 0.99 --precondition --weighting edm"
-    TRAIN="$TRAIN --sample-every 100" REGULARISED="--reg-share 0.25"
-    SAMPLE="--batch 250" ATTACK="--iters 5 --eot 2" FEATURES="--features pixels" METRIC=fd-pixels
+    TRAIN="--preset small --mult 1,1 --batch 64 --lr 2e-3 --ema 0.98 --precondition --weighting edm"
+    TRAIN="$TRAIN --sample-every 50" REGULARISED="--reg-share 0.25"
+    SAMPLE="--batch 200" ATTACK="--iters 3 --eot 2" FEATURES="--features pixels" METRIC=fd-pixels
     TOY="" TOY_SWEEP="--seeds 1" LARGE_TRAIN="" LARGE_SAMPLE=""
     ABOUT="Small images, $STEPS steps a model: half an hour on two slow cores, the first picture in five minutes"
 }
@@ -69,7 +69,7 @@ dry() {
 # What the method does, to be seen, the first thing that quick makes: noisy images, and those of two models.
 pictures() {
     local method
-    SIZE=16 STEPS=500 FULL=100 N=256
+    SIZE=16 STEPS=400 FULL=100 N=200
     TRAIN="--preset small --batch 32 --lr 2e-3 --ema 0.99 --precondition --weighting edm --sample-every 100"
     for method in ddpm adv; do one shapes $method 0.9 0.2 seed0 --seed 0; done
 }
@@ -113,7 +113,7 @@ table2() {
 # In quick of so few images, and trained so long, that DDPM repeats them.
 fig6() {
     local method
-    if [ "$FEW" ]; then MAIN=shapes SHAPES=$FEW DATA=$ROOT/$FEW-images STEPS=2000; fi
+    if [ "$FEW" ]; then MAIN=shapes SHAPES=$FEW DATA=$ROOT/$FEW-images STEPS=1200; fi
     for method in ddpm adv; do
         one "$MAIN" $method 0 0 seed0 --seed 0
         stage "$RUN/ddpm-$FULL.npz.memorize.json" "$PYTHON" memorize.py "$RUN/ddpm-$FULL.npz" --data "$MAIN" \
@@ -170,7 +170,7 @@ evaluations() {
 # Beyond the paper: what gaussian.py predicts, measured on networks that are trained towards it.
 theory() {
     local seed noise
-    ROOT=runs/theory REPORT="--tables optimum" STEPS=600 N=1000
+    ROOT=runs/theory REPORT="--tables optimum" STEPS=600 N=1000 TRAIN="$TRAIN --ema 0.99"
     for seed in $SEEDS; do
         for noise in "0.9 0.2" "1 0.2" "0 0"; do
             theoretical ddpm "$noise" "$seed" ddpm
