@@ -674,8 +674,9 @@ def describe(result):
         text += [f"rho {result['rho_mean']:.4g} (5/25/50/75/95 %: {percentiles})",
                  f"PSNR {result['psnr']:.4g} dB", f"variance kept {result['variance_kept']:.4g}"]
     if found := result.get("closed_form"):
-        text.append(f"closed form ({found['closed_form']}): {found['value']:.4g}, rho "
-                    f"{found['rho_mean']:.4g}, PSNR {found['psnr']:.4g}, kept {found['variance_kept']:.4g}")
+        text.append(f"closed form ({found['closed_form']}) of as many: {found['value']:.4g}, of endlessly many "
+                    f"{found['limit']:.4g}, rho {found['rho_mean']:.4g}, PSNR {found['psnr']:.4g}, kept "
+                    f"{found['variance_kept']:.4g}")
     if "noise_mean" in result:
         text.append(f"noise estimate {result['noise_mean']:.4g}")
     text += [f"N {result['n'] or '?'} of {result['samples']}", *told(result["protocol"]),
@@ -699,7 +700,7 @@ def evaluate(path, args, process, inception):
     if features == "exact":
         began = time.perf_counter()
         result.update(measure_subspace(samples, reference.truth, process, args.batch))
-        result["closed_form"] = predicted(reference.truth, result["protocol"])
+        result["closed_form"] = predicted(reference.truth, result["protocol"], samples.count)
     else:
         weights, extract = None, lambda images: (pixel_features(images), None)
         if features == "inception" and Source in (type(samples), type(reference)):

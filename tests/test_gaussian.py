@@ -205,14 +205,21 @@ def test_predicted_is_what_fid_measures(p, steps, sampler):
         A = gaussian.optimum(schedule, np.append(truth["scale"]**2, np.zeros(22)) + noise)
         C = gaussian.sampled_covariance(schedule, A, steps, sampler)
         parts.append(rng.standard_normal((count, 27)) * np.sqrt(C) @ basis)
-    images = np.concatenate(parts).reshape(N, 3, 3, 3).transpose(0, 2, 3, 1)        # [N, H, W, 3]
+    images = np.concatenate(parts)[rng.permutation(N)].reshape(N, 3, 3, 3).transpose(0, 2, 3, 1)
     source = fid.Source("samples", Path("samples"), N, (3, 3), images.dtype,
                         lambda start, stop, batch: iter([images[start:stop]]), None)
     measured = fid.measure_subspace(source, truth, fid.start_processes(join=False), N)
-    keys = set(result) - {"closed_form"}
-    assert keys <= set(measured)
+    keys = set(result) - {"closed_form", "limit"}
+    assert keys <= set(measured) and result["limit"] == result["value"]
     for key in keys:
         assert result[key] == pytest.approx(measured[key], rel=0.04, abs=1e-9), key
+    few = []
+    for first in range(0, N // 4, 50):                      # 500 times 50 of them
+        part = source._replace(count=50, read=lambda *_: iter([images[first:first + 50]]))
+        few.append(fid.measure_subspace(part, truth, fid.start_processes(join=False), N)["value"])
+    of_few = gaussian.predicted(truth, protocol_of(p) | how, 50)
+    assert of_few["limit"] == result["value"] and of_few["value"] > 1.1 * result["value"]
+    assert of_few["value"] == pytest.approx(np.mean(few), rel=0.04)
 
 
 @pytest.mark.parametrize("changed", [
