@@ -46,13 +46,13 @@ def shrinkage(schedule, method="adv", lam=0.3, omega=2.0, gamma=8 / 255, lam_uni
     """c_t [T], float64, where S_t = E[lambda_t delta delta^T] is c_t I: Eq. 6's minimiser is then Eq. 3's for
     data of variance v / (1 + c_t), in every direction.
 
-    `ddpm`: 0. `ran`: always. `adv` and `inv`: where Eq. 8's gradient has the signs of its random start, as it
+    `ddpm`, `ambient`: 0. `ran`: always. `adv` and `inv`: where Eq. 8's gradient has the signs of its random start, as it
     has if all directions have the same gain; else `optimum` finds S_t, which is smaller where the data are
     strong. schedule: float64, as `named` makes it. lam, omega, gamma, lam_units: train.py's; its --reg-share
     and --weighting leave the minimiser as it is.
     """
     s = schedule.sqrt_one_minus_alpha_bar.numpy()                                   # [T]
-    if method == "ddpm":
+    if method in ("ddpm", "ambient"):
         return np.zeros_like(s)
     # delta = r u, E[u^2] = 1/3; lambda_t = lambda sqrt(3) / (beta s r); s r = s^omega + gamma beta (Eq. 7)
     c = lam * (s**omega * MEAN_1_BETA + gamma) / (math.sqrt(3) * s**2)

@@ -552,7 +552,8 @@ def on_meta(monkeypatch):
 
 
 META = [dict(method=method) for method in ("adv", "ran", "inv", "ddpm", "ambient")]
-META += [dict(reg_share=0.5), dict(reg_share=0.5, weighting="balanced"),
+META += [dict(method="ambient", weighting="edm", network=dict(sigma_data=0.5)), dict(reg_share=0.5),
+         dict(reg_share=0.5, weighting="balanced"),
          dict(weighting="edm", lam_units="eps", network=dict(sigma_data=0.5)),
          dict(network=dict(learn_sigma=True, dropout=0.3)), dict(network=dict(scale_shift=False))]
 

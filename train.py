@@ -418,9 +418,9 @@ def arguments(argv=None):
     idle = [] if args.p else [(["data_seed"], "without --p")]
     if args.method in ("ddpm", "ambient"):                  # their loss has one term
         idle.append((["lam", "lam_units", "omega", "gamma", "reg_share"], on))
-    if args.method == "ambient" or args.method == "ddpm" and args.weighting == "balanced":
-        idle.append((["weighting"], on))
-        args.weighting = "paper"
+        if args.weighting == "balanced":                    # by 1 + 0
+            idle.append((["weighting"], on))
+            args.weighting = "paper"
     if args.method != "ambient":
         idle.append((["flags", "sigma_known"], on))
         args.flags = args.sigma_known = None

@@ -669,7 +669,8 @@ def test_flags_without_an_effect_are_said(shapes, tmp_path, capsys):
     for argv, expected in (
             (["--method", "ddpm", "--lam", "0.3", "--weighting", "balanced", "--flags", "conf1"],
              {"--lam", "--weighting", "--flags"}), (["--method", "ddpm", "--weighting", "edm"], set()),
-            (["--method", "ambient", "--omega", "2", "--weighting", "edm"], {"--omega", "--weighting"}),
+            (["--method", "ambient", "--weighting", "edm"], set()),
+            (["--method", "ambient", "--omega", "2", "--weighting", "balanced"], {"--omega", "--weighting"}),
             (["--p", "0", "--sigma", "0", "--data-seed", "0"], {"--data-seed"}), ([], set())):
         train.arguments(flags(shapes, tmp_path, *argv))
         said = capsys.readouterr().err.splitlines()
