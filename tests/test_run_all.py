@@ -321,7 +321,7 @@ def test_the_tests_run_in_two_halves(kit):
 REFUSALS = [
     ("fast", {}, "'fast' is not known; it is: bash run_all.sh"),
     ("quick table9", {}, "'table9' is not a table of quick; they are: pictures fig6"),
-    ("list paper price", {}, "'price' is not a table of paper"),
+    ("list paper theory", {}, "'theory' is not a table of paper"),
     ("quick", dict(LANES="x"), "LANES=x: must be a positive number"),
     ("quick", dict(LANES="0"), "LANES=0: must be a positive number"),
     ("quick", dict(LANES="-1"), "LANES=-1: must be a positive number"),
