@@ -1,9 +1,11 @@
-"""White-box attacks on the sampling trajectory: Algorithms 2 to 4, and one that adds up over the trajectory.
+"""White-box attacks on the sampling trajectory: Algorithms 2 to 4, and two that look beyond one step.
 
     python attack.py runs/cifar10-adv --steps-attacked 250 --out fgsm.npz                        # Algorithm 2
     python attack.py runs/cifar10-adv --attack pgd --steps-attacked 25% --out pgd.npz            # Algorithm 3
     python attack.py runs/cifar10-adv --attack eot --as-printed --steps-attacked 25% --out e.npz # Algorithm 4
     python attack.py runs/cifar10-adv --attack drift --steps-attacked 100% --out drift.npz
+    python attack.py runs/cifar10-adv --sampler heun --attack trajectory --steps-attacked 1 --where first \
+        --eps-scale 0.1 --out x_T.npz             # x_T alone, by the gradient through all 35 evaluations
     torchrun --nproc_per_node 8 attack.py RUN --steps-attacked 500 --num-samples 50000 --out fgsm500.npz
 
 Takes the flags of sample.py and makes the images of the same seeds: with --steps-attacked 0 they are
@@ -22,12 +24,14 @@ from collections import Counter
 from types import SimpleNamespace
 
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from common import (UserError, check_out, check_ranges, command_line, generator, image_noise, parser_of,
                     write_json)
 from sample import add_arguments, generate, idle_in_sampling, open_job, reverse_step, say_idle
 from unet import at
 
+ITERATED = "pgd", "eot", "trajectory"                       # the attacks of N steps each
 MARGIN = 1.05         # moving the images less than this many times as far as noise of equal size is no attack
 
 
@@ -106,6 +110,21 @@ def drift(step, x_t, normal, gradient, x0_hat_clean, phi=1.0, scale=1.0):
     return x_t + radius * gradient(L, x).sign()
 
 
+def trajectory(step, x_t, normal, gradient, rest, x_0_clean, phi=1.0, scale=1.0, N=20, stride=2.5):
+    """Beyond the paper: PGD through rest(x) -> x_0, the rest of the reverse process, away from the image in
+    which the undisturbed trajectory ends. From x_T on, that is the whole sampler."""
+    radius = scale * step(x_t).sigma
+
+    def L(x):
+        return squared(x_0_clean - rest(x))
+
+    delta = phi * radius * normal()                                     # delta_0
+    for _ in range(N):
+        sign = gradient(L, x_t + delta).sign()
+        delta = torch.clamp(delta + stride * radius / N * sign, -radius, radius)
+    return x_t + delta
+
+
 def random_signs(step, x_t, normal, gradient, scale=1.0):
     """The control: as large as FGSM's perturbation, its signs random."""
     return x_t + scale * step(x_t).sigma * normal().sign()
@@ -124,6 +143,18 @@ def gradient_of(L, x):
         value = L(x)
         gradient, = torch.autograd.grad(value.sum(), x)
     return gradient, value.detach()
+
+
+def reverse_process(model, schedule, x_t, i, noise, how):
+    """x_0 [B, C, H, W] by the steps i, i - 1 ... 0 from x_t; noise: the z of every step, by its index. Of a
+    gradient's graph one step is in memory at a time, and the states between them: each step runs again in the
+    backward pass."""
+    def following(x, k):
+        return reverse_step(model, schedule, x, k, noise[k], **how).x
+
+    for k in range(i, -1, -1):
+        x_t = checkpoint(following, x_t, k, use_reentrant=False, preserve_rng_state=False)
+    return x_t
 
 
 def attacked_steps(total, count, where, seed=0):
@@ -164,6 +195,9 @@ class TrajectoryAttack:
         if self.clean is None and i in self.steps:
             self.draws = image_noise("attack", self.seed, self.indices, x_t.shape[1:], x_t.device)
             self.clean = self.control = x_t
+            if self.asked["name"] == "trajectory":
+                self.z = self.noise_of_steps(x_t)
+                self.x_0_clean = reverse_process(self.model, self.schedule, x_t, i, self.z, self.how)
         if self.clean is None:
             return x_t
         following = functools.partial(reverse_step, self.model, self.schedule, i=i, **self.how)
@@ -175,21 +209,34 @@ class TrajectoryAttack:
         self.clean, self.control = clean.x, following(self.control, z=z).x
         return x_t
 
+    def noise_of_steps(self, x_t):
+        """The z [B, C, H, W] of every step by its index, as `sample` will draw them; None but for ddpm."""
+        if self.how["sampler"] != "ddpm":
+            return [None] * len(self.schedule)
+        noise = image_noise("sample", self.seed, self.indices, x_t.shape[1:], x_t.device)
+        next(noise)                                                     # x_T
+        return [next(noise).to(x_t) for _ in range(len(self.schedule))][::-1]
+
     def attacked(self, x_t, i, z, x0_hat_clean):
         """x_t^adv [B, C, H, W] by the algorithm asked for; its passes and its gradients are summed."""
         asked, one = self.asked, Watched(self.model, self.schedule, i, self.how)
         ball = dict(phi=asked["phi"], scale=asked["eps_scale"])
-        iterated = ball | {"N": asked["iters"], "stride": asked["stride"], "as_printed": asked["as_printed"]}
+        iterated = ball | {"N": asked["iters"], "stride": asked["stride"]}
         arguments = one.step, x_t, lambda: next(self.draws), one.gradient
         if asked["name"] == "fgsm":
             x_adv = fgsm(*arguments, **ball)
         elif asked["name"] == "pgd":
-            x_adv = pgd(*arguments, **iterated)
+            x_adv = pgd(*arguments, **iterated, as_printed=asked["as_printed"])
         elif asked["name"] == "eot":
             sqrt_alpha_bar = at(self.schedule.sqrt_alpha_bar, i, x_t)
-            x_adv = eot(*arguments, z, sqrt_alpha_bar, e=asked["eot"], **iterated)
+            x_adv = eot(*arguments, z, sqrt_alpha_bar, e=asked["eot"], **iterated,
+                        as_printed=asked["as_printed"])
         elif asked["name"] == "drift":
             x_adv = drift(*arguments, x0_hat_clean, **ball)
+        elif asked["name"] == "trajectory":
+            def rest(x):
+                return reverse_process(one.network, self.schedule, x, i, self.z, self.how)
+            x_adv = trajectory(*arguments, rest, self.x_0_clean, **iterated)
         else:
             x_adv = random_signs(*arguments, scale=asked["eps_scale"])
         self.sums.update(steps=1, attacked=len(x_t), forwards=one.forwards, backwards=one.backwards)
@@ -199,8 +246,9 @@ class TrajectoryAttack:
     def measure(self, one, x_t, x_adv):
         """Adds up how large the perturbation is, whether it left the ball, and how far it climbed."""
         moved = (x_adv - x_t).abs()                         # as the sampler gets it, rounding included
-        radius = self.asked["eps_scale"] * one.sigma
-        self.add(size=(moved / radius).square().flatten(1).mean(dim=1).sqrt(),
+        radius = (self.asked["eps_scale"] * one.sigma).expand_as(x_t)
+        self.add(radius=radius.flatten(1).mean(dim=1),
+                 size=(moved / radius).square().flatten(1).mean(dim=1).sqrt(),
                  outside=(moved > radius + 1e-6 * (1 + x_t.abs())).flatten(1).any(dim=1))
         if one.gradients:
             self.sums["gradients"] += one.gradients * len(x_t)
@@ -267,10 +315,16 @@ class Watched:
 
 # ------------------------------------------------------------------------------------------------- the report
 
-def needed(asked, sampler):
+def needed(protocol):
     """The forward and backward passes of an attacked step besides the step itself, as the algorithms have
-    them. `drift` takes x0_hat of the undisturbed trajectory besides, which runs anyway. Heun's step, but for
-    the last, has two evaluations, of which x0_hat is the first's alone."""
+    them. `drift` and `trajectory` take x0_hat and x_0 of the undisturbed trajectory besides, which runs
+    anyway. Heun's step, but for the last, has two evaluations, of which x0_hat is the first's alone."""
+    asked, sampler = protocol["attack"], protocol["sampler"]
+    if asked["name"] == "trajectory":                       # each step ahead forwards, again, and backwards
+        heun = sampler == "heun"
+        chosen = attacked_steps(protocol["steps"], asked["steps_attacked"], asked["where"], protocol["seed"])
+        ahead = sum(2 * i + 1 if heun else i + 1 for i in chosen) / len(chosen)
+        return 1 + heun + 2 * asked["iters"] * ahead, asked["iters"] * ahead
     if asked["name"] in ("pgd", "eot"):
         forwards, backwards = asked["iters"] + 1, asked["iters"]
     else:
@@ -294,7 +348,8 @@ def summary(measures, protocol):
 
     return dict(
         n=n, seconds_per_image=sums["seconds"] / n, forwards=mean("forwards", "steps"),
-        backwards=mean("backwards", "steps"), outside=sums["outside"], size=mean("size", "attacked"),
+        backwards=mean("backwards", "steps"), outside=sums["outside"], radius=mean("radius", "attacked"),
+        size=mean("size", "attacked"),
         signs_of_start=mean("kept", "attacked"), zero_gradients=mean("zero", "gradients"),
         broken_gradients=mean("broken", "gradients"), cost_start=mean("start", "attacked"),
         cost_end=mean("end", "attacked"), l2=sums["moved"] / n, rms=sums["moved"] / n / math.sqrt(pixels),
@@ -310,9 +365,9 @@ def sentences(result, protocol):
     if not count:
         return
     yield ("cost       {:g} forwards and {:g} backwards an attacked step besides the step itself (the "
-           "algorithm needs {} and {})".format(r.forwards, r.backwards, *needed(asked, protocol["sampler"])))
-    yield (f"ball       {r.outside:g} perturbations outside {asked['eps_scale']:g} sigma(t); rms size "
-           f"{r.size:.3f} of it")
+           "algorithm needs {:g} and {:g})".format(r.forwards, r.backwards, *needed(protocol)))
+    yield (f"ball       {r.outside:g} perturbations outside {asked['eps_scale']:g} sigma(t), on average "
+           f"{r.radius:.3g} in units of x_t; rms size {r.size:.3f} of it")
     if asked["name"] != "noise":
         trust = "" if r.zero_gradients + r.broken_gradients < 0.01 else ": DO NOT TRUST THIS ATTACK"
         yield f"gradient   {r.zero_gradients:.2%} zero everywhere, {r.broken_gradients:.2%} not finite{trust}"
@@ -354,16 +409,18 @@ def arguments(argv=None):
     parser = parser_of(__doc__)
     add_arguments(parser)
     add = parser.add_argument_group("the attack (section 3.4, appendices A.2 to A.4)").add_argument
-    add("--attack", choices=["fgsm", "pgd", "eot", "drift", "noise"], default="fgsm", help="Algorithm 2, 3 "
-        "or 4 (fgsm, the default, pgd, eot); one that adds up along the way (drift); random signs (noise)")
+    add("--attack", choices=["fgsm", "pgd", "eot", "drift", "trajectory", "noise"], default="fgsm",
+        help="Algorithm 2, 3 or 4 (fgsm, the default, pgd, eot); one that adds up along the way (drift); PGD "
+        "on the final image, through all the steps that are left, each twice an iteration (trajectory); "
+        "random signs (noise)")
     add("--steps-attacked", required=True, help="how many of the --steps, or a percentage such as 25%%")
     add("--where", choices=["spread", "first", "last", "random"], default="spread", help="which steps: "
         "evenly spread (default), the first, which are the noisiest, the last, or a random choice")
     add("--phi", type=float, default=1.0, help="deviation of the random start, in sigma(t) (default 1)")
-    add("--iters", type=int, default=20, help="N of Algorithms 3 and 4 (default 20)")
+    add("--iters", type=int, default=20, help="N of pgd, eot and trajectory (default 20)")
     add("--eot", type=int, default=5, help="e of Algorithm 4: noise draws an iteration (default 5)")
-    add("--stride", type=float, help="step of Algorithms 3 and 4 in units of sigma(t) / N (default 2.5, "
-        "which reaches the ball's surface from anywhere in it; the paper prints 1)")
+    add("--stride", type=float, help="step of pgd, eot and trajectory in units of sigma(t) / N (default "
+        "2.5, which reaches the ball's surface from anywhere in it; the paper prints 1)")
     add("--as-printed", action="store_true", help="Algorithms 3 and 4 as the boxes print them: steps of "
         "sigma(t) / N, which overwrite delta in 3, and sqrt(alpha_bar) before delta in 4; not 4's cost, "
         "which does not depend on the network")
@@ -376,10 +433,11 @@ def arguments(argv=None):
                         "--attack pgd")
     if args.as_printed and args.attack not in ("pgd", "eot"):
         raise UserError(f"--as-printed --attack {args.attack}: only pgd and eot are printed otherwise")
-    if args.stride and (args.as_printed or args.attack not in ("pgd", "eot")):
-        raise UserError(f"--stride {args.stride}: is for --attack pgd and eot, and not with --as-printed")
+    if args.stride and (args.as_printed or args.attack not in ITERATED):
+        raise UserError(f"--stride {args.stride}: is for --attack {', '.join(ITERATED)}, and not with "
+                        "--as-printed")
     on, idle = f"on --attack {args.attack}", idle_in_sampling(args)
-    if args.attack not in ("pgd", "eot"):
+    if args.attack not in ITERATED:
         idle.append((["iters"], on))
     if args.attack != "eot":
         idle.append((["eot"], on))
@@ -391,7 +449,7 @@ def arguments(argv=None):
 
 def asked_for(args, count):
     """The attack as the protocol has it: None for what it does not have."""
-    iterated = args.attack in ("pgd", "eot")
+    iterated = args.attack in ITERATED
     stride = args.stride or 2.5
     return dict(name=args.attack, steps_attacked=count, where=args.where, eps_scale=args.eps_scale,
                 phi=args.phi if args.attack != "noise" else None, as_printed=args.as_printed,

@@ -6,6 +6,7 @@
 
 import contextlib
 import copy
+import functools
 import math
 from types import SimpleNamespace
 
@@ -754,14 +755,14 @@ def test_sampler_reproduces_a_known_gaussian():
 
 @pytest.mark.parametrize("name, sampler", [
     ("fgsm", "ddpm"), ("fgsm", "ddim"), ("pgd", "ddpm"),
-    ("eot", "ddpm"), ("drift", "ddpm"), ("noise", "ddim"), ("fgsm", "heun")])
+    ("eot", "ddpm"), ("drift", "ddpm"), ("noise", "ddim"), ("fgsm", "heun"), ("trajectory", "ddpm")])
 def test_sampler_and_attacks_neither_wait_for_the_device_nor_mix_devices(name, sampler, on_meta):
     """As for a training step: the whole loop on the meta device, attacked and measured."""
     full = Schedule.named("linear", 100)
     network = UNet(size=8, learn_sigma=True, sigma_data=0.5, schedule=full, **TINY).to(on_meta)
     schedule = full.respaced(4).to(on_meta)
     hook = attacking(name, {0, 2}, network, schedule, range(2), "learned", (-1.0, 1.0), sampler,
-                     iters=2, eot=2)
+                     iters=1, eot=2)
     noise = common.image_noise("sample", 0, range(2), (3, 8, 8), on_meta)
     x_0 = sample.sample(network, schedule, noise, **hook.how, attack=hook)
     assert x_0.device.type == "meta" and hook.sums["steps"] == 2
@@ -804,7 +805,9 @@ def linear_with_variance(x, t):
     ("fgsm", "ddim", "large", False), ("pgd", "ddpm", "large", False), ("pgd", "ddim", "small", False),
     ("pgd", "ddpm", "large", True), ("eot", "ddpm", "large", False), ("eot", "ddpm", "learned", False),
     ("eot", "ddpm", "large", True), ("drift", "ddpm", "large", False), ("drift", "ddim", "large", False),
-    ("fgsm", "heun", "large", False), ("pgd", "heun", "small", False), ("drift", "heun", "large", False)])
+    ("fgsm", "heun", "large", False), ("pgd", "heun", "small", False), ("drift", "heun", "large", False),
+    ("trajectory", "ddpm", "learned", False), ("trajectory", "ddim", "large", False),
+    ("trajectory", "heun", "small", False)])
 def test_attacks_by_hand(name, sampler, variance, as_printed):
     """A whole attacked run in numpy: each algorithm's cost, start, step, projection and scale, sigma(t), the
     noise that the undisturbed and the attacked step share, steps that are not attacked, both trajectories
@@ -863,6 +866,11 @@ def test_attacks_by_hand(name, sampler, variance, as_printed):
                 moved = r * np.sign(start @ to_next @ to_next.T)
             elif name == "drift":
                 moved = r * np.sign((x + start - clean) @ to_x0 @ to_x0.T)
+            elif name == "trajectory":                      # the rest of the process is x_0 = x_t @ to_end + ...
+                to_end, moved = functools.reduce(np.matmul, (tables(j)[1] for j in range(k, -1, -1))), start
+                for _ in range(N):
+                    sign = np.sign((x + moved - clean) @ to_end @ to_end.T)
+                    moved = np.clip(moved + stride * r / N * sign, -r, r)
             elif name == "pgd":                                                     # Algorithm 3
                 moved = start
                 for _ in range(N):
@@ -890,6 +898,11 @@ def test_attacks_by_hand(name, sampler, variance, as_printed):
     assert sums["size"] == pytest.approx(size, rel=1e-6)
     assert sums.get("kept", kept) == pytest.approx(kept, rel=1e-6)
     assert (sums["steps"], sums["attacked"], sums["pixels"], sums["outside"]) == (3, 9, 12, 0)
+    if name == "trajectory":                # forwards, again and backwards through 4, 3 and 1 steps to the end
+        looks, ahead = (5, 7 + 5 + 1) if sampler == "heun" else (3, 4 + 3 + 1)
+        assert (sums["forwards"], sums["backwards"]) == (looks + 2 * N * ahead, N * ahead)
+        assert torch.equal(hook.x_0_clean, hook.clean)      # foreseen, with the noise that sample() then drew
+        return
     passes = {"noise": (1, 0), "fgsm": (2, 1), "drift": (2, 1), "pgd": (1 + N, N), "eot": (1 + N, N)}[name]
     if sampler == "heun":                                   # two evaluations in steps 3 and 2, one in step 0
         assert sums["forwards"] == 5 * passes[0]
@@ -897,7 +910,7 @@ def test_attacks_by_hand(name, sampler, variance, as_printed):
         passes = 2 * passes[0], passes[1] * (1 if name == "drift" else 2)
     else:
         assert (sums["forwards"] / 3, sums["backwards"] / 3) == passes
-    assert passes == attack.needed(hook.asked, sampler)
+    assert passes == attack.needed(dict(attack=hook.asked, sampler=sampler))
 
 
 @pytest.fixture(scope="module")
@@ -906,7 +919,7 @@ def network():
     return randomised(UNet(size=8, **TINY)).eval()
 
 
-@pytest.mark.parametrize("name", ["fgsm", "pgd", "eot", "drift"])
+@pytest.mark.parametrize("name", ["fgsm", "pgd", "eot", "drift", "trajectory"])
 def test_attack_climbs_and_keeps_to_the_state(network, name):
     """On a U-Net, x0_hat clamped: the cost rises over its random start, more so in larger balls; the ball
     holds; no gradient reaches a parameter and no graph leaves the hook; the undisturbed trajectory is
@@ -914,8 +927,8 @@ def test_attack_climbs_and_keeps_to_the_state(network, name):
     schedule, costs = Schedule.named("linear", 100).respaced(12).to("cpu"), []
     clean = sample.sample(network, schedule, image_noise("sample", 3, range(4), (3, 8, 8)))
     for eps_scale in (0.5, 1.0):
-        x_0, sums = sampled(attacking(name, {3, 2, 1}, network, schedule, range(4), clamp=(-1.0, 1.0),
-                                      iters=5, eps_scale=eps_scale))
+        x_0, sums = sampled(attacking(name, {2, 1}, network, schedule, range(4), clamp=(-1.0, 1.0),
+                                      iters=3, eps_scale=eps_scale))
         assert sums["moved"] == pytest.approx(float((x_0 - clean).flatten(1).norm(dim=1).sum()), rel=1e-6)
         assert sums["end"] > sums["start"] > 0 and sums["outside"] == sums["zero"] == sums["broken"] == 0
         assert sums["moved"] > 0 and 0 < sums["size"] / sums["attacked"] <= 1 + 1e-6
@@ -950,7 +963,8 @@ def test_attack_counts_what_would_fake_robustness(network, monkeypatch):
     assert sums("fgsm", network, 2)["outside"] == 4
 
 
-@pytest.mark.parametrize("name, sampler", [("fgsm", "ddim"), ("eot", "ddpm"), ("drift", "ddpm")])
+@pytest.mark.parametrize("name, sampler", [
+    ("fgsm", "ddim"), ("eot", "ddpm"), ("drift", "ddpm"), ("trajectory", "ddpm")])
 def test_attack_belongs_to_the_image(name, sampler):
     """Images 0 to 4 together, and in twos with other neighbours: every random draw of the attack is the
     image's own."""

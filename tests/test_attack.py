@@ -1,6 +1,8 @@
 """attack.py as a stage: command line, shards, processes, what it reports. Its algorithms: test_core.py."""
 
+import itertools
 import json
+import math
 import re
 
 import numpy as np
@@ -9,8 +11,9 @@ import torch
 
 import attack
 import sample
-from common import UserError, command_line
+from common import UserError, command_line, image_noise
 from test_sample import checkpoint
+from unet import Schedule, at
 
 FLOATS = dict(name="subspace", low=-1.0, high=1.0, float_data=True)         # images without rounding to bytes
 COMMON = ["--num-samples", 3, "--batch", 2, "--steps", 4, "--seed", 1]
@@ -73,11 +76,12 @@ def unattacked(run, tmp_path_factory):
 
 
 @pytest.mark.parametrize("name, forwards, backwards", [
-    ("fgsm", 2, 1), ("pgd", 4, 3), ("eot", 4, 3), ("drift", 2, 1), ("noise", 1, 0)])
+    ("fgsm", 2, 1), ("pgd", 4, 3), ("eot", 4, 3), ("drift", 2, 1), ("trajectory", 10, 4.5),
+    ("noise", 1, 0)])
 def test_report_of_an_attack(name, forwards, backwards, run, unattacked, tmp_path, capsys):
     """The distances are those between the files of attack.py and sample.py; the passes those of Algorithms 2
-    to 4 with N = 3. Catches an undisturbed trajectory with other noise, wrong means, and passes not counted
-    or counted twice."""
+    to 4 with N = 3, and of `trajectory` through 2 steps and 1. Catches an undisturbed trajectory with other
+    noise, wrong means, and passes not counted or counted twice."""
     argv = [*COMMON, "--iters", 3, "--eot", 2, "--eps-scale", 0.5, "--steps-attacked", 2, "--where", "last"]
     images, protocol = made_by(attack, run, tmp_path / "a.npz", *argv, "--attack", name)
     said = capsys.readouterr().out
@@ -86,10 +90,10 @@ def test_report_of_an_attack(name, forwards, backwards, run, unattacked, tmp_pat
     assert report["l2"] == pytest.approx(moved.mean(), rel=1e-5) and moved.min() > 0
     assert report["rms"] == pytest.approx(moved.mean() / np.sqrt(3 * 8 * 8), rel=1e-5)
     assert (report["forwards"], report["backwards"]) == (forwards, backwards)
-    assert attack.needed(protocol["attack"], "ddpm") == (forwards, backwards)
+    assert attack.needed(protocol) == (forwards, backwards)
     assert f"{forwards} forwards and {backwards} backwards an attacked step" in said
     own = dict(phi=None if name == "noise" else 1.0, iters=None, eot=None, stride=None)    # None: it has none
-    own |= dict(iters=3, stride=2.5) if name in ("pgd", "eot") else {}
+    own |= dict(iters=3, stride=2.5) if name in ("pgd", "eot", "trajectory") else {}
     own |= dict(eot=2) if name == "eot" else {}
     assert protocol["attack"] == own | dict(name=name, steps_attacked=2, where="last", as_printed=False,
                                             eps_scale=0.5)
@@ -120,6 +124,7 @@ def attacked(run, tmp_path_factory):
     ("fgsm", ["--where", "last"]), ("fgsm", ["--steps-attacked", "75%"]),
     ("fgsm", ["--seed", 3]),
     ("fgsm", ["--raw"]), ("pgd", ["--stride", 1]), ("pgd", ["--iters", 3]),
+    ("trajectory", ["--stride", 1]), ("trajectory", ["--iters", 3]), ("trajectory", ["--phi", 2]),
     ("pgd", ["--as-printed"]), ("eot", ["--eot", 1]), ("eot", ["--as-printed"])])
 def test_every_flag_reaches_the_attack(name, argv, attacked):
     """Catches a flag that stands in the protocol and is ignored: each gives another image, by far more than
@@ -159,7 +164,8 @@ def test_sentences_say_where_an_attack_is_none():
     asked = dict(name="fgsm", steps_attacked=2, where="spread", phi=1.0, iters=20, eot=5, stride=2.5,
                  as_printed=False, eps_scale=1.0)
     shard = dict(steps=2, attacked=20, forwards=4, backwards=2, gradients=20, zero=0, broken=0, size=20.0,
-                 kept=15.0, outside=0, start=10.0, end=30.0, moved=40.0, control=20.0, seconds=5.0, pixels=4)
+                 kept=15.0, outside=0, radius=5.0, start=10.0, end=30.0, moved=40.0, control=20.0,
+                 seconds=5.0, pixels=4)
 
     def told(**changes):
         protocol = dict(num_samples=20, steps=5, sampler="ddpm", attack=asked | changes.pop("asked", {}))
@@ -168,9 +174,9 @@ def test_sentences_say_where_an_attack_is_none():
 
     result, text = told()
     assert result == dict(
-        n=20, seconds_per_image=0.5, forwards=2, backwards=1, outside=0, size=1, signs_of_start=0.75,
-        zero_gradients=0, broken_gradients=0, cost_start=0.5, cost_end=1.5, l2=4, rms=2, l2_noise=2,
-        rms_noise=1)
+        n=20, seconds_per_image=0.5, forwards=2, backwards=1, outside=0, radius=0.25, size=1,
+        signs_of_start=0.75, zero_gradients=0, broken_gradients=0, cost_start=0.5, cost_end=1.5, l2=4, rms=2,
+        l2_noise=2, rms_noise=1)
     assert "fgsm on 2 of 5 ddpm steps (spread), 0.5 s an image" in text and "by 2.00 times" in text
     bad = ["NO MORE THAN NOISE", "DOES NOT CLIMB", "NOT TRUST"]
     for changes, expected in (
@@ -178,9 +184,75 @@ def test_sentences_say_where_an_attack_is_none():
             (dict(end=10.0), bad[1:2]), (dict(zero=4), bad[2:]), (dict(broken=4), bad[2:])):
         assert [words for words in bad if words in told(**changes)[1]] == expected, changes
     assert "pgd as printed on 2" in told(asked=dict(name="pgd", as_printed=True))[1]
-    assert "3 perturbations outside 0.5 sigma(t)" in told(asked=dict(eps_scale=0.5), outside=1.5)[1]
+    ball = "3 perturbations outside 0.5 sigma(t), on average 0.25 in units of x_t"
+    assert ball in told(asked=dict(eps_scale=0.5), outside=1.5)[1]
     alone = told(asked=dict(name="noise"), gradients=0)[1]
     assert "gradient" not in alone and "by rms" not in alone and "1 and 0)" in alone
+
+
+# --------------------------------------------------------------------------------- through the whole sampler
+
+SCHEDULE = Schedule(torch.full((4,), 0.3, dtype=torch.float64), torch.arange(4))    # x_T is not all noise
+MIXING, (AXIS,) = (torch.randn(rows, 12, generator=torch.Generator().manual_seed(rows), dtype=torch.float64)
+                   for rows in (12, 1))
+
+
+def on_x_T(sampler, clamp, x0_hat):
+    """The hook of `trajectory` for images 0 to 2, attacked at x_T, whose network predicts x0_hat(x [B, 12])
+    as the clean image; x_T [3, 3, 2, 2]; the z of the steps; x_0 as a function of x_T, by sample.sample."""
+    def network(x, t):
+        a, s = at(SCHEDULE.sqrt_alpha_bar, t, x), at(SCHEDULE.sqrt_one_minus_alpha_bar, t, x)
+        return (x - a * x0_hat(x.flatten(1)).view_as(x)) / s
+
+    asked = dict(name="trajectory", phi=1.0, iters=20, stride=2.5, eps_scale=0.2)
+    how = dict(sampler=sampler, clamp=clamp, variance="large")
+    x_T, *z = (each.double() for each in itertools.islice(image_noise("sample", 5, range(3), (3, 2, 2)), 5))
+    return (attack.TrajectoryAttack(asked, {3}, network, SCHEDULE, how, range(3), 5), x_T, z,
+            lambda x: sample.sample(network, SCHEDULE, iter([x, *z]), **how))
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "heun"])
+def test_the_gradient_goes_through_the_whole_sampler(sampler):
+    """Against differences of sample.sample's own images, some of whose x0_hat are clamped. Catches a step,
+    half of Heun's, or the clamp left out of the gradient, and a state held constant between two steps."""
+    hook, x_T, z, x_0_of = on_x_T(sampler, (-0.9, 0.9), lambda x: torch.tanh(0.4 * x @ MIXING))
+    away, started = x_0_of(x_T), x_T + 0.1
+
+    def L(x):
+        x_0 = attack.reverse_process(hook.model, SCHEDULE, x, 3, z[::-1], hook.how)
+        return attack.squared(away - x_0)
+
+    found, value = attack.gradient_of(L, started)
+    assert value.tolist() == pytest.approx(attack.squared(away - x_0_of(started)).tolist(), rel=1e-12)
+    pixels = 1e-6 * torch.eye(12, dtype=torch.float64).view(12, 3, 2, 2)
+    rise = [attack.squared(away - x_0_of(started + pixel)) - attack.squared(away - x_0_of(started - pixel))
+            for pixel in pixels]                                                    # of all images at once
+    assert found.flatten(1).T.numpy() == pytest.approx(torch.stack(rise).numpy() / 2e-6, rel=1e-6, abs=1e-8)
+    assert found.flatten(1).abs().amax(dim=1).min() > 1e-3 and (away.abs() > 0.9 - 1e-12).any()
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "heun"])
+def test_trajectory_finds_the_optimum_of_the_ball(sampler):
+    """A network that answers by what x has along one direction v: every step is a factor there, and x_0 has
+    nothing else. What moves it farthest is +-radius sign(v)."""
+    gain, v = 0.8, AXIS / AXIS.norm()
+    hook, x_T, _, x_0_of = on_x_T(sampler, None, lambda x: gain * (x @ v)[:, None] * v)
+    x_adv, factor = hook(x_T, 3, None), 1.0
+    for k in (3, 2, 1, 0):
+        ab, before = 0.7 ** (k + 1), 0.7 ** k
+        eps_hat = (1 - math.sqrt(ab) * gain) / math.sqrt(1 - ab)
+        step = math.sqrt(before) * gain + math.sqrt(1 - before) * eps_hat
+        if sampler == "heun" and k:
+            eps_hat = (eps_hat + step * (1 - math.sqrt(before) * gain) / math.sqrt(1 - before)) / 2
+            x0_hat = (1 - math.sqrt(1 - ab) * eps_hat) / math.sqrt(ab)
+            step = math.sqrt(before) * x0_hat + math.sqrt(1 - before) * eps_hat
+        factor *= step
+    radius = 0.2 * math.sqrt(0.3)                                                   # sigma(t)^2 = beta
+    moved = (x_adv - x_T).flatten(1)
+    assert (moved * torch.sign(moved @ v)[:, None]).numpy() == pytest.approx(
+        (radius * v.sign()).expand(3, 12).numpy(), abs=1e-12)
+    farthest = factor * radius * float(v.abs().sum())
+    assert norms((x_0_of(x_adv) - x_0_of(x_T)).numpy()) == pytest.approx([farthest] * 3, rel=1e-9)
 
 
 # --------------------------------------------------------------------------------------- shards and processes
@@ -216,7 +288,7 @@ def test_attack_does_not_depend_on_processes_or_interruptions(run, tmp_path, mon
     expected = report_of(tmp_path / "whole.npz")
     numbers = [name for name, value in expected.items() if isinstance(value, (int, float))]
     numbers.remove("seconds_per_image")
-    assert len(numbers) == 14 and (expected["forwards"], expected["backwards"]) == (3, 2)
+    assert len(numbers) == 15 and (expected["forwards"], expected["backwards"]) == (3, 2)
     for out in folder / "attacked.npz", tmp_path / "died.npz", tmp_path / "batch.npz":
         rounding = out.stem == "batch"                      # another batch: a sign of almost 0 can flip
         with np.load(out, allow_pickle=False) as other:
@@ -244,8 +316,9 @@ def test_attack_does_not_depend_on_processes_or_interruptions(run, tmp_path, mon
     ("--steps-attacked 1 --attack eot --sampler ddim", "--attack eot --sampler ddim: .*--attack pgd"),
     ("--steps-attacked 1 --attack eot --sampler heun", "--attack eot --sampler heun: .*--attack pgd"),
     ("--steps-attacked 1 --as-printed", "--as-printed --attack fgsm: only pgd and eot"),
+    ("--steps-attacked 1 --attack trajectory --as-printed", "--as-printed --attack trajectory: only pgd and"),
     ("--steps-attacked 1 --attack pgd --as-printed --stride 2", "--stride 2.0: .* not with --as-printed"),
-    ("--steps-attacked 1 --stride 2", "--stride 2.0: is for --attack pgd and eot"),
+    ("--steps-attacked 1 --stride 2", "--stride 2.0: is for --attack pgd, eot, trajectory, and"),
     ("--steps-attacked 1 --num-samples 0", "--num-samples 0"),
     ("--steps-attacked 1 --out a.png", "--out a.png: the name must end in .npz")])
 def test_attack_refuses(argv, expected, run, tmp_path, monkeypatch, capsys):
@@ -266,7 +339,8 @@ def test_steps_attacked_is_a_number_or_a_percentage():
 
 @pytest.mark.parametrize("argv, expected", [
     ("fgsm --iters 20 --eot 5", {"--iters", "--eot"}), ("pgd --iters 20 --eot 5", {"--eot"}), ("fgsm", set()),
-    ("eot --iters 20 --eot 5 --phi 1", set()), ("noise --phi 1 --iters 3", {"--iters", "--phi"}),
+    ("eot --iters 20 --eot 5 --phi 1", set()), ("trajectory --iters 2 --stride 1 --phi 1 --eot 5", {"--eot"}),
+    ("noise --phi 1 --iters 3", {"--iters", "--phi"}),
     ("drift --phi 1 --sampler ddim --variance large", {"--variance"})])
 def test_flags_without_an_effect_are_said(argv, expected, capsys):
     """Only those that were given, though with the default's value."""
