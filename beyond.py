@@ -12,7 +12,7 @@ subspace data, p 0.9, sigma 0.2, adv, 720 steps of 64, a share of 1/4, one seed,
 by DDPM's in 100 steps (closed form 0.9, 1.6):
 
                                                         preconditioned      not
-    the paper's sum                                     6.4, 7.7            TODO
+    the paper's sum                                     6.4, 7.7            –
     balanced: divided by 1 + c_t                        3.5, 4.3            40, 6.1
     edm: EDM's draws and weights, and 1 + c_t           1.8, 3.2            354, 170
 

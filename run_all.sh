@@ -10,7 +10,8 @@
 #
 # Tables: pictures cost toy fig3 table1 table2 fig6 fig7 fig8 table4 table5 (fig. 4, 5, 12 to 24 come with them), and,
 # only where they are asked for, those that are beyond the paper: evaluations, quality against the sampler's cost, and
-# of quick theory, the closed form beside trained networks, and speed, seconds of training to a quality. They are made one after another, the cheapest first, each followed by report.py.
+# of quick theory, the closed form beside trained networks, and speed, seconds of training to a quality. They are made
+# one after another, the cheapest first, each followed by report.py.
 # The commands of one model are a chain; chains run side by side. What is there already is skipped: a run that was
 # stopped goes on. A command that fails ends its chain alone.
 #
@@ -37,7 +38,7 @@ quick() {
     TRAIN="$TRAIN --sample-every 50" REGULARISED="--reg-share 0.25"
     SAMPLE="--batch 200" ATTACK="--iters 3 --eot 2" FEATURES="--features pixels" METRIC=fd-pixels
     TOY="" TOY_SWEEP="--seeds 1" LARGE_TRAIN="" LARGE_SAMPLE=""
-    ABOUT="Small images, $STEPS steps a model: half an hour on two slow cores, the first picture in five minutes"
+    ABOUT="Small images, $STEPS steps a model: under an hour on two slow cores, the first picture in five minutes"
 }
 
 paper() {
