@@ -22,6 +22,7 @@ At equal cost, edm, preconditioned, a share of 1 (400 steps) has 3.5, 4.4, of 1/
 import torch
 
 from common import UserError
+from data import CORRUPTIONS
 
 WEIGHTINGS = "paper", "balanced", "edm"
 
@@ -33,6 +34,9 @@ def add_arguments(parser):
         "computed, 1, 1/2, 1/3 ...: a step costs (3 + 5 share) / 3 of DDPM's (default 1, the paper's)")
     add("--precondition", action="store_true", help="Karras et al.'s parametrisation of the network, for the "
         "data set's sigma_data: the same minimiser, learnt in far fewer steps")
+    add("--corruption", choices=CORRUPTIONS, default="gaussian", help="what befalls a share --p of images: the "
+        "paper's noise (default); a share --sigma of the pixels black or white; uniform noise in the image's "
+        "place, without --sigma; or blur of deviation 10 --sigma pixels")
     add("--weighting", choices=WEIGHTINGS, default="paper", help="of the loss at t: the paper's sum "
         "(default), that divided by 1 + c_t, or by 1 + c_t with EDM's t and weights. The same minimiser")
 

@@ -249,6 +249,7 @@ def _wholes(value, high):
 
 
 _YES_OR_NO = "True or False", lambda v: type(v) is bool
+_NAME = "a name", lambda v: type(v) is str and len(v) <= 200 and v.isprintable()
 
 # What the config of a checkpoint has to say, each in words and as a test: no sensible network lies outside.
 SCHEMA = dict(
@@ -263,8 +264,7 @@ SCHEMA = dict(
                              lambda v: v is None or _number(1e-6, 1e6)[1](v))),
     process=dict(schedule=("linear or cosine", lambda v: type(v) is str and v in ("linear", "cosine")),
                  timesteps=_whole(2, 10**6)),
-    data=dict(name=("a name", lambda v: type(v) is str and len(v) <= 200 and v.isprintable()),
-              p=_number(0, 1), sigma=_number(0, 1000), low=_number(-1e6, 1e6),
+    data=dict(name=_NAME, corruption=_NAME, p=_number(0, 1), sigma=_number(0, 1000), low=_number(-1e6, 1e6),
               high=_number(-1e6, 1e6), float_data=_YES_OR_NO),
     training={})
 
@@ -341,6 +341,8 @@ def _network_of_config(checkpoint):
             raise ValueError(f"its config has no group {group!r}")
         if group == "network":                              # the kit had no --precondition once
             values.setdefault("sigma_data", None)
+        if group == "data":                                 # nor --corruption
+            values.setdefault("corruption", "gaussian")
         exact = group in ("network", "process")
         for name in [*settings, *(values if exact else ())]:
             if name not in values or name not in settings:

@@ -41,12 +41,14 @@ from pathlib import Path
 from typing import Any, Callable, NamedTuple
 
 import numpy as np
+import scipy.ndimage
 from PIL import Image, UnidentifiedImageError
 
 from common import (Progress, UserError, as_bytes, atomic_write, check_disk, check_out, check_ranges,
                     command_line, download, locked, parser_of, protocol_in, sha256_of, write_json)
 
 SIZES = dict(cifar10=32, celeba=64, lsun_bedroom=256, imagenet64=64, butterflies=32, shapes=32, subspace=32)
+CORRUPTIONS = "gaussian", "impulse", "outliers", "blur"      # the paper's, and others
 DRAWN = dict(shapes=10_000, subspace=50_000)                # sets made here: their number of images
 CIFAR10 = dict(urls=["https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"], size=170_052_171,
                sha256="c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd")
@@ -94,30 +96,49 @@ def prepared_files(name, size, folder):
     return [Path(folder) / f"{name}-{size}{end}" for end in (".npy", ".json", "-truth.npz")]
 
 
+def corrupt(x, corruption, sigma, rng):
+    """An image x [3, H, W] by a corruption that the paper does not have, -> [3, H, W].
+
+    `impulse`: each pixel is black or white (-1 or 1) with probability sigma. `outliers`: uniform noise on
+    [-1, 1] takes the image's place, whatever sigma. `blur`: a Gaussian of deviation 10 sigma pixels.
+    """
+    if corruption == "impulse":
+        u = rng.random(x.shape[1:])                                                      # [H, W]
+        return np.where(u < sigma, np.where(u < sigma / 2, -1, 1), x)
+    if corruption == "outliers":
+        return rng.uniform(-1, 1, x.shape)
+    return scipy.ndimage.gaussian_filter(x, (0, 10 * sigma, 10 * sigma))
+
+
 class Images:
     """A prepared data set [N, 3, H, W], read through a memory map, corrupted as in the paper's Table 2.
 
     y = x + sigma z in [-1, 1] units, not clipped and not quantised, for a share p of the images. The coin and
     z ~ N(0, 1) belong to the image: they depend on (data_seed, image index) and nothing else, so every epoch
-    and process reads the same bytes, and the images corrupted at p = 0.5 are among those at p = 0.9.
+    and process reads the same bytes, and the images corrupted at p = 0.5 are among those at p = 0.9. Other
+    corruptions than "gaussian" are beyond the paper, and drawn from the same streams: see `corrupt`.
 
     Attributes: name, size, shape (3, H, W), array (uint8; float32 for subspace), low and high (range of the
-    clean data, to which x0 is clamped), info (the .json file), p, sigma, data_seed. size None means the
-    paper's. UserError if the data set is not prepared or is damaged, or if p, sigma or data_seed is out of
-    range; of more than MAX_BYTES, whose hash would take seconds, only the length is checked. Threads may
+    clean data, to which x0 is clamped), info (the .json file), p, sigma, data_seed, corruption. size None
+    means the paper's. UserError if the data set is not prepared or is damaged, or if p, sigma or data_seed is
+    out of range; of more than MAX_BYTES, whose hash would take seconds, only the length is checked. Threads may
     share an object.
     """
 
-    def __init__(self, name, size=None, data_dir="data", p=0.0, sigma=0.0, data_seed=0):
+    def __init__(self, name, size=None, data_dir="data", p=0.0, sigma=0.0, data_seed=0,
+                 corruption="gaussian"):
         if not (0 <= p <= 1 and 0 <= sigma < math.inf and data_seed >= 0):
             raise UserError(f"--p {p} --sigma {sigma} --data-seed {data_seed}: p is a share from 0 to 1, "
                             "sigma a standard deviation in [-1, 1] pixel units, the seed not negative")
+        if corruption not in CORRUPTIONS or (corruption == "impulse" and sigma > 1):
+            raise UserError(f"--corruption {corruption} --sigma {sigma}: {', '.join(CORRUPTIONS)} are known, "
+                            "and sigma is impulse's share of the pixels, from 0 to 1")
         base, split = re.fullmatch("(.*?)(?:-(test|val))?", name).groups()
         size = SIZES.get(base) if size is None else size
         if size is None:
             raise UserError(f"--data {name}: --size is needed (only {', '.join(SIZES)} have a default)")
         self.name, self.size, self.shape = name, size, (3, size, size)
-        self.p, self.sigma, self.data_seed = p, sigma, data_seed
+        self.p, self.sigma, self.data_seed, self.corruption = p, sigma, data_seed, corruption
         array, info, self._truth = prepared_files(name, size, data_dir)
         if not (os.path.isfile(array) and os.path.isfile(info)):           # False for a name too long, too
             src = "" if base in DRAWN or base == "cifar10" else " --src FOLDER_OR_ARCHIVE"
@@ -158,21 +179,25 @@ class Images:
             x = x.astype(np.float32)
             x -= 127.5
             x /= 127.5
-        rows = np.flatnonzero(self.corrupted(indices)) if self.sigma else ()
+        changes = self.sigma or self.corruption == "outliers"
+        rows = np.flatnonzero(self.corrupted(indices)) if changes else ()
         if not len(rows):
             return x
         # Starting one generator anew takes 3 us an image, making a new one 55 (the noise itself: 42). SFC64
         # counts its steps in its state: streams that start at the same count meet only if their starts agree.
         bits, z = np.random.SFC64(0), np.empty(self.shape, np.float32)
-        normal, state = np.random.Generator(bits).standard_normal, bits.state
+        rng, state = np.random.Generator(bits), bits.state
         starts = self._words[indices[rows]]                                              # [rows, 4]
         starts[:, 3] = 1                                    # the count
         for row, start in zip(rows, starts):
             state["state"]["state"] = start
             bits.state = state
-            normal(dtype=np.float32, out=z)
-            z *= self.sigma
-            x[row] += z
+            if self.corruption == "gaussian":
+                rng.standard_normal(dtype=np.float32, out=z)
+                z *= self.sigma
+                x[row] += z
+            else:
+                x[row] = corrupt(x[row], self.corruption, self.sigma, rng)
         return x
 
     def truth(self):

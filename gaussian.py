@@ -197,6 +197,7 @@ def predicted(truth, protocol, count=None):
         T, p, sigma, how = (process["timesteps"], data["p"], data["sigma"],
                             (protocol["sampler"], protocol["variance"]))
         if (regulariser["method"] not in ("ddpm", "ran", "adv") or attack or data["name"] != "subspace"
+                or data.get("corruption", "gaussian") != "gaussian"
                 or how not in (("ddpm", "large"), ("ddpm", "small"), ("ddim", None), ("heun", None))
                 or not isinstance(steps, int) or not 2 <= steps <= T <= MAX_T or not 0 <= p <= 1
                 or min(sigma, *(regulariser[key] for key in ("lam", "omega", "gamma"))) < 0):

@@ -56,9 +56,12 @@ def of(method, noise, **more):
     return where | ({} if "steps" in more else {"usual": True}) | more
 
 
-def noise_name(p, sigma):
-    """The training data's corruption in words; p or sigma alone corrupts nothing."""
-    return f"{100 * p:g} % with σ {sigma:g}" if p and sigma else CLEAN
+def noise_name(p, sigma, corruption="gaussian"):
+    """The training data's corruption in words; p or sigma alone corrupts nothing, but for outliers."""
+    if corruption == "outliers":
+        return f"{100 * p:g} % outliers"
+    kind = "" if corruption == "gaussian" else f"{corruption} "
+    return f"{100 * p:g} % with {kind}σ {sigma:g}" if p and sigma else CLEAN
 
 
 def matching(records, where):
@@ -190,7 +193,8 @@ def facts(config):
     same = {name: value for name, value in training.items() if name not in apart}
     names = ("method", "lam", "flags", "reg_share", "weighting", "seed", "batch")
     return checked({name: training[name] for name in names} | dict(
-        data=data["name"], size=data["size"], noise=noise_name(data["p"], data["sigma"]),
+        data=data["name"], size=data["size"],
+        noise=noise_name(data["p"], data["sigma"], data.get("corruption", "gaussian")),
         tuned=training["init"] is not None, network=f"{network['channels']} × {tuple(network['mult'])}",
         precondition=network.get("sigma_data") is not None,
         variant=json.dumps([same, network, config["process"], data["data_seed"]], sort_keys=True)))

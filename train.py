@@ -409,13 +409,20 @@ def arguments(argv=None):
         args.attn = tuple(sorted(args.attn, reverse=True))
     if wrong := misfit(given(args, "size", *NETWORK, *PROCESS)):
         raise UserError(f"--{wrong}")
-    if bool(args.p) != bool(args.sigma):
+    if args.corruption == "outliers" and args.sigma:
+        raise UserError(f"--sigma {args.sigma:g}: --corruption outliers has no deviation; leave it out")
+    if args.corruption == "impulse" and args.sigma > 1:
+        raise UserError(f"--sigma {args.sigma:g}: is impulse's share of the pixels, from 0 to 1")
+    if args.corruption != "gaussian" and args.method == "ambient":
+        raise UserError(f"--corruption {args.corruption}: --method ambient is told of Gaussian noise, and of "
+                        "no other")
+    if bool(args.p) != bool(args.sigma or args.corruption == "outliers"):
         raise UserError(f"--p {args.p:g} --sigma {args.sigma:g}: the one without the other corrupts nothing")
     world, on = int(os.environ.get("WORLD_SIZE", 1)), f"on --method {args.method}"
     if args.batch % world:
         raise UserError(f"--batch {args.batch}: is not a multiple of the {world} processes")
     args.reg_share = beyond.rounded_share(args.reg_share, args.batch, world)
-    idle = [] if args.p else [(["data_seed"], "without --p")]
+    idle = [] if args.p else [(["data_seed", "corruption"], "without --p")]
     if args.method in ("ddpm", "ambient"):                  # their loss has one term
         idle.append((["lam", "lam_units", "omega", "gamma", "reg_share"], on))
         if args.weighting == "balanced":                    # by 1 + 0
@@ -470,8 +477,8 @@ def configuration(args, images, start, resume):
         raise UserError("--method ambient: the baseline learns no variance; leave out --learn-sigma, or take "
                         "another --init")
     data = dict(name=args.data, size=images.size, count=len(images), sha256=images.info["sha256"], p=args.p,
-                sigma=args.sigma, data_seed=args.data_seed, low=images.low, high=images.high,
-                float_data=images.array.dtype != np.uint8)
+                sigma=args.sigma, corruption=args.corruption, data_seed=args.data_seed, low=images.low,
+                high=images.high, float_data=images.array.dtype != np.uint8)
     names = ("method", "lam", "lam_units", "omega", "gamma", "reg_share", "weighting", "flags", "sigma_known",
              "batch", "lr", "ema", "amp", "seed")
     training = {name: getattr(args, name) for name in names}
@@ -495,7 +502,8 @@ def open_images(args, first):
     if first:                                               # which alone writes
         for name in "checkpoint.pt", "checkpoint-previous.pt", "log.jsonl", SEEN, grid_name(args.steps):
             check_out(args.out / name)
-    images = Images(args.data, args.size, args.data_dir, args.p, args.sigma, args.data_seed)
+    images = Images(args.data, args.size, args.data_dir, args.p, args.sigma, args.data_seed,
+                    args.corruption)
     if args.batch > len(images):
         raise UserError(f"--batch {args.batch}: {args.data} has only {len(images)} images")
     if args.p and not images.corrupted(np.arange(len(images))).any():
@@ -661,7 +669,8 @@ def describe(args, config, trainer, images, assumed):
         attention += f", preconditioned for data of deviation {network['sigma_data']:.3g}"
     weighting = "" if args.weighting == "paper" else f", weighting {args.weighting}"
     return (f"data      {args.data} {images.size}x{images.size}, {len(images)} images, {100 * args.p:g} % of "
-            f"them with noise of sigma {args.sigma} (data seed {args.data_seed}); noise estimate "
+            f"them with {'noise' if args.corruption == 'gaussian' else args.corruption} of sigma "
+            f"{args.sigma} (data seed {args.data_seed}); noise estimate "
             f"{noise:.3f}\nnetwork   {parameters:.2f} M parameters ({origin}), {attention}; "
             f"{config['process']['schedule']} schedule, T = {len(trainer.schedule)}\n"
             f"method    {args.method}{method}{weighting}\n"

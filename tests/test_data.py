@@ -162,6 +162,38 @@ def test_noise_golden(tmp_path):
     assert coins.tolist() == [True, False, False, True]
 
 
+def test_other_corruptions_against_their_definitions(tmp_path):
+    """Catches a wrong share, colours that are drawn one by one, a blur of other width or across channels, and
+    one that is keyed by the call instead of the image. Limits are 5 standard deviations."""
+    folder, every = toy(tmp_path, 400), np.arange(400)
+    clean = Images("toy", 8, folder).read(every)
+    read = lambda corruption, sigma, p=1.0: Images("toy", 8, folder, p, sigma, 3, corruption).read(every)
+    impulse = read("impulse", 0.2)
+    changed = (impulse != clean).all(axis=1)                                             # [N, H, W]
+    assert (changed == (impulse != clean).any(axis=1)).mean() > 0.99 and changed.shape == (400, 8, 8)
+    hit = impulse.transpose(0, 2, 3, 1)[changed]                                         # [pixels, 3]
+    assert set(np.unique(hit)) == {-1, 1} and (hit == hit[:, :1]).all()
+    assert abs(changed.mean() - 0.2) < 5 * (0.16 / changed.size) ** 0.5
+    assert abs(hit.mean()) < 5 / len(hit) ** 0.5
+    outliers = read("outliers", 0.0)
+    assert scipy.stats.kstest(outliers.ravel(), scipy.stats.uniform(-1, 2).cdf).pvalue > 1e-5
+    flat = outliers.reshape(400, -1)
+    assert abs(np.corrcoef(flat.ravel(), clean.ravel())[0, 1]) < 5 / flat.size ** 0.5
+    blur = read("blur", 0.1)                                # of deviation 1
+    k = np.exp(-np.arange(-4, 5.0) ** 2 / 2)
+    padded = np.pad(clean[5, 1].astype(np.float64), 4, "symmetric")
+    rows = np.apply_along_axis(np.convolve, 0, padded, k / k.sum(), "valid")
+    np.testing.assert_allclose(blur[5, 1], np.apply_along_axis(np.convolve, 1, rows, k / k.sum(), "valid"),
+                               atol=1e-5)
+    for corruption, whole, sigma in (("impulse", impulse, 0.2), ("outliers", outliers, 0),
+                                     ("blur", blur, 0.1)):
+        images = Images("toy", 8, folder, 0.5, sigma, 3, corruption)
+        for indices in ([7, 3, 41], [3, 3]):
+            x, coin = images.read(indices), images.corrupted(indices)
+            np.testing.assert_array_equal(x[coin], whole[indices][coin])
+            np.testing.assert_array_equal(x[~coin], clean[indices][~coin])
+
+
 def test_float_data_is_read_as_it_is(tmp_path):
     """Catches scaling of float data to [-1, 1], and corruption written into the file."""
     array = np.random.default_rng(0).normal(0, 3, (20, 3, 8, 8)).astype(np.float32)
@@ -177,7 +209,10 @@ def test_float_data_is_read_as_it_is(tmp_path):
     (dict(name="celeba"), r"python data.py celeba --src \S+ --size 64"),
     (dict(name="mine"), "--size is needed"),
     *[(dict(name="toy", size=8) | bad, "--p .* --sigma .* --data-seed") for bad in (
-        dict(p=-0.1), dict(p=1.1), dict(p=np.nan), dict(sigma=-1), dict(sigma=np.inf), dict(data_seed=-1))]])
+        dict(p=-0.1), dict(p=1.1), dict(p=np.nan), dict(sigma=-1), dict(sigma=np.inf), dict(data_seed=-1))],
+    (dict(name="toy", size=8, corruption="fog"), "--corruption fog --sigma 0.0: gaussian, impulse"),
+    (dict(name="toy", size=8, corruption="impulse", sigma=1.1),
+     "--corruption impulse --sigma 1.1: .* share")])
 def test_images_refuse(given, expected, tmp_path):
     """A message that says what to run, or which flag is wrong."""
     with pytest.raises(UserError, match=expected):

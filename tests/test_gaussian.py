@@ -231,6 +231,14 @@ def test_no_prediction_where_there_is_no_closed_form(changed):
     assert gaussian.predicted(small_truth(), changed and protocol_of() | changed) is None
 
 
+def test_no_prediction_for_other_corruptions():
+    """Samples of a model of blurred images beside what Gaussian noise would leave."""
+    protocol = protocol_of()
+    for corruption, known in dict(gaussian=True, impulse=False, outliers=False, blur=False).items():
+        protocol["config"]["data"]["corruption"] = corruption
+        assert (gaussian.predicted(small_truth(), protocol) is not None) == known
+
+
 def test_plane_in_toy3ds_definitions():
     """rms and variance kept of the plane: toy3d.py's own on 60,000 points of the predicted Gaussian, to 2 %;
     ran, which THEORY.md measured at 0.204 and 0.873."""

@@ -646,3 +646,16 @@ def test_odd_files(tmp_path):
     for name in ("steps", "step", "num_samples"):
         odd.write_text(json.dumps(good | dict(protocol=good["protocol"] | {name: "100"})))
         refused()
+
+
+def test_every_corruption_has_a_name_of_its_own():
+    """Catches models of different corruptions averaged as one, and outliers, which have no sigma, as clean."""
+    def noise(p, sigma, corruption=None):
+        config = configuration(p=p, sigma=sigma)
+        return report.facts(config | dict(data=config["data"] | (
+            dict(corruption=corruption) if corruption else {})))["noise"]
+
+    assert noise(0.9, 0.2) == noise(0.9, 0.2, "gaussian") == report.NOISY[1]
+    assert noise(0, 0, "blur") == report.CLEAN
+    kinds = [noise(0.9, 0.2, kind) for kind in ("gaussian", "impulse", "blur")] + [noise(0.9, 0, "outliers")]
+    assert len({report.CLEAN, *kinds}) == 5

@@ -171,7 +171,8 @@ def test_the_whole_story_is_in_the_file(run, tmp_path):
     assert protocol == dict(
         checkpoint=str(file), sha256=hashlib.sha256(file.read_bytes()).hexdigest(), step=7,
         config=dict(network=NETWORK | dict(mult=[1], attn=[8], sigma_data=None),
-                    process=dict(schedule="linear", timesteps=25), data=DATA, training=TRAINING),
+                    process=dict(schedule="linear", timesteps=25),
+                    data=DATA | dict(corruption="gaussian"), training=TRAINING),
         num_samples=3, sampler="ddpm", steps=5, variance="large", ema=True, seed=0, batch=2, amp=False,
         device="cuda" if cuda else "cpu", tf32=cuda, stream="sample", torch=torch.__version__, attack=None)
     grid = np.asarray(Image.open(tmp_path / "a.png"))       # columns of 8 pixels, 2 between them

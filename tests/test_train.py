@@ -411,7 +411,7 @@ def test_log_and_run_folder(shapes, trained, tmp_path):
     pixels = np.load(shapes / "shapes-8.npy").tobytes()
     assert start["config"]["data"] == dict(
         name="shapes", size=8, count=64, sha256=hashlib.sha256(pixels).hexdigest(), p=0.9, sigma=0.2,
-        data_seed=0, low=-1.0, high=1.0, float_data=False)
+        corruption="gaussian", data_seed=0, low=-1.0, high=1.0, float_data=False)
     training = start["config"]["training"]
     assert (training["method"], training["batch"], training["lr"], training["init"]) == ("adv", 8, 1e-3, None)
     cuda = torch.cuda.is_available()
@@ -517,10 +517,11 @@ def test_a_data_set_that_was_not_measured(shapes, tmp_path):
 
 
 def test_runs_of_before_go_on(shapes, trained, tmp_path):
-    """A checkpoint that knows neither sigma_data nor weightings, by the paper's sum: it goes on, to the bit;
+    """A checkpoint that knows no sigma_data, corruption or weighting, by the paper's sum: it goes on, to the bit;
     one with the weights that there were once is another run."""
     old = torch.load(trained / "checkpoint-previous.pt", weights_only=True)
     del old["config"]["network"]["sigma_data"], old["config"]["training"]["weighting"]
+    del old["config"]["data"]["corruption"]
     for balance in (False, True):
         old["config"]["training"]["balance"] = balance
         save_checkpoint(tmp_path / f"run-{balance}" / "checkpoint.pt", old)
@@ -584,6 +585,10 @@ def test_defaults_are_the_papers():
     ("--channels 4096 --res-blocks 9", "the network: needs more than .* MiB of memory"),
     ("--preset lsun_bedroom --mult 1,1,2,2,4,4", "--size 8: 6 levels"),
     ("--sigma 0", "--p 0.9 --sigma 0: the one without the other corrupts nothing"),
+    ("--corruption outliers", "--sigma 0.2: --corruption outliers has no deviation"),
+    ("--corruption impulse --sigma 2", "--sigma 2: is impulse's share of the pixels"),
+    ("--corruption blur --sigma 0", "--p 0.9 --sigma 0: the one without the other corrupts nothing"),
+    ("--corruption blur --method ambient", "--corruption blur: --method ambient is told of Gaussian noise"),
     ("--p 0.001", "--p 0.001: corrupts none of the 64 images of shapes"),
     ("--schedule linear --timesteps 10", "--timesteps 10"),
     ("--method ambient --learn-sigma", "--method ambient: .*leave out --learn-sigma"),
