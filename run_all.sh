@@ -4,7 +4,8 @@
 #   bash run_all.sh                        quick where there is no GPU, paper where there is one
 #   bash run_all.sh quick                  all tables at a small scale whose truth is known, on CPU cores
 #   bash run_all.sh paper table1 fig8      some of them, at the paper's scale, on all GPUs of this machine
-#   bash run_all.sh list paper table1      what is left to do, one model a line, for a cluster or GNU parallel
+#   bash run_all.sh plan paper table1      what is left to do, and how many hours of this machine it takes
+#   bash run_all.sh list paper table1      the same, one model a line, for a cluster or GNU parallel
 #   bash run_all.sh dry                    every command of `paper` for two steps on shrunken data and networks
 #   bash run_all.sh test                   the tests
 #
@@ -323,18 +324,19 @@ stage() { if wanted "$1"; then add "$@"; fi; }
 wanted() {
     case "$ASKED" in *"|$CHAIN $1|"*) return 1 ;; esac
     ASKED="$ASKED|$CHAIN $1|"
-    [ ! -e "$1" ]
+    [ $ACTION = plan ] || [ ! -e "$1" ]                     # plan.py says what is there
 }
 
 # add TARGET COMMAND...: a line of the chain's file. $WORK/chains names these files, the first one begun first.
 add() {
     local chain=$WORK/${CHAIN//\//-}
+    if [ $ACTION = plan ]; then printf '%s\t%s\t%s\n' "$each" "$1" "${*:2}"; return; fi
     if [ ! -e "$chain" ]; then echo "$chain" >> "$WORK/chains"; fi
     printf '%s\t%s\n' "$1" "${*:2}" >> "$chain"
 }
 
-# plan TABLES: their chains. A scale is set anew for each table, which may change it.
-plan() {
+# chains TABLES: their chains. A scale is set anew for each table, which may change it.
+chains() {
     local each
     rm -rf "$WORK"
     mkdir "$WORK"
@@ -347,8 +349,10 @@ plan() {
     done
 }
 
+plan() { chains "$@" | "$PYTHON" plan.py --devices $((LANES * (GPUS ? GPUS_PER_MODEL : 1))); }
+
 list() {
-    plan "$@"
+    chains "$@"
     while read -r chain; do cut -f 2 "$chain" | paste -s -d '&' - | sed 's/&/ \&\& /g'; done < "$WORK/chains"
 }
 
@@ -407,8 +411,9 @@ reproduce() {
     trap 'end_children; say "run_all.sh: stopped; the same command goes on" >&2; exit 130' INT TERM HUP
     trap '' PIPE
     say "run_all.sh $SCALE: $*. $ABOUT. $LANES at a time${DEVICES:+ on $GPUS GPU(s)}, in $ROOT"
+    if [ "$GPUS" != 0 ]; then (ACTION=plan; plan "$@") || say "no plan: plan.py failed"; fi
     for table in "$@"; do
-        plan "$table"
+        chains "$table"
         made=$(mkdir -p "$ROOT/logs" 2>&1) || fail "$made"
         lanes=""
         for ((k = 0; k < LANES; k++)); do lane $k & lanes="$lanes $!"; done
@@ -470,7 +475,7 @@ for k, image in enumerate(numpy.load('$ROOT/shapes/shapes-218.npy')):
 }
 
 ACTION=reproduce
-if [ "${1:-}" = list ]; then ACTION=list; shift; fi
+case "${1:-}" in list | plan) ACTION=$1; shift ;; esac
 for name in LANES GPUS_PER_MODEL; do
     case "${!name:-1}" in *[!0-9]* | 0*) fail "$name=${!name}: must be a positive number" ;; esac
 done
@@ -483,7 +488,7 @@ case "$SCALE" in
     "" | test) ;;
     quick | paper | dry) "$SCALE" ;;
     -h | --help) sed -n '2,/^$/s/^# \{0,1\}//p' run_all.sh; exit ;;
-    *) fail "'$SCALE' is not known; it is: bash run_all.sh [list] [quick|paper|dry|test] [TABLES]" ;;
+    *) fail "'$SCALE' is not known; it is: bash run_all.sh [list|plan] [quick|paper|dry|test] [TABLES]" ;;
 esac
 for table in "${@:2}"; do
     case " ${TABLES:-} ${BEYOND:-} " in

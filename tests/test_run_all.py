@@ -6,6 +6,7 @@ come of it.
 
 import argparse
 import importlib
+import io
 import os
 import re
 import signal
@@ -14,7 +15,12 @@ import sys
 import time
 
 import pytest
+import torch
 
+import common
+import plan
+import unet
+from common import UserError
 from conftest import HERE
 
 STAND_IN = r"""#!/bin/sh
@@ -49,6 +55,7 @@ case "$1" in
     sample.py) : > "$out" ;;
     attack.py) : > "$out"; : > "$out.attack.json" ;;
     memorize.py) : > "$2.memorize.json" ;;
+    plan.py) cat > plan.txt ;;
     fid.py) for word in "$@"; do case "$word" in *.npz) : > "$word.$kind.json" ;; esac; done ;;
 esac
 """
@@ -342,3 +349,80 @@ def test_refusals(kit, argv, environment, line):
     given, printed, status = kit.run(*argv.split(), **environment)
     assert status == 2 and not given and not (kit.folder / "runs").exists()
     assert printed.startswith("run_all.sh: error: ") and line in printed and printed.count("\n") == 1
+
+
+def test_plan_is_every_command_once(kit):
+    """Catches a model that two tables count, one that is left out, and one that is missing because it is
+    there, which plan.py has to count as done."""
+    listed = [command for chain in kit.listed("quick") for command in chain]
+    kit.run("quick", "table2")
+    _, printed, status = kit.run("plan", "quick", LANES="3")
+    assert status == 0 and kit.given() == ["plan.py --devices 3"], printed
+    rows = [line.split("\t") for line in (kit.folder / "plan.txt").read_text().splitlines()]
+    planned = [re.sub(r"^.*?python (.* )?(?=\w+\.py)", "", command) for _, _, command in rows]
+    planned = [command for command in planned if not command.startswith("data.py")]       # begins every chain
+    assert len(set(planned)) == len(planned)
+    assert set(planned) == {command for command in listed if not command.startswith("data.py")}
+    models = {target: table for table, target, command in rows if "train.py" in command}
+    assert len(models) > 40 and all("table2" != table or "inv" in target or "0.9-s0.2" in target
+                                    for target, table in models.items())
+
+
+def test_plan_comes_first_on_gpus(kit):
+    """Months of work that begin without a word."""
+    commands, _, status = kit.run("paper", "table4", GPUS="2")
+    assert status == 0 and commands[0] == "plan.py --devices 2" and len(commands) > 8
+
+
+PLANNED = [                                                 # counted by hand: passes, of which network
+    ("train.py --size 8 --method adv --steps 10 --batch 8 --reg-share 0.25 --out r", 10 * 8 * (3 + 5 / 4)),
+    ("train.py --size 8 --method ran --steps 10 --batch 8 --out ran", 10 * 8 * 6),
+    ("sample.py r --num-samples 10 --steps 100 --out a.npz", 10 * 100),
+    ("sample.py r --num-samples 10 --out a.npz", 10 * 1000),
+    ("sample.py r --num-samples 10 --sampler heun --out a.npz", 10 * 35),
+    # Undisturbed and control run beside; an attacked step costs 2 passes and a gradient of 2 besides.
+    ("attack.py r --attack fgsm --steps-attacked 50% --steps 10 --num-samples 3 --out a.npz", 3 * (30 + 5 * 4)),
+    ("attack.py r --attack eot --iters 7 --steps-attacked 1 --steps 10 --num-samples 3 --out a.npz",
+     3 * (30 + 8 + 14)),
+    ("attack.py r --steps-attacked 0 --steps 10 --num-samples 3 --out a.npz", 30)]
+
+
+def test_plan_counts_passes(tmp_path, monkeypatch, capsys):
+    """Catches a wrong cost of a method, sampler or attack, a network that is not the command's, and work that
+    is done counted as left."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "there").touch()
+    lines = [f"one\t{'there' if k == 1 else k}\tpython {command}\n" for k, (command, _) in enumerate(PLANNED)]
+    work = plan.work_of(["one\tx\tpython fid.py a.npz\n", *lines], torch.device("cpu"))
+    assert [each["passes"] for each in work] == [passes for _, passes in PLANNED]
+    assert [each["done"] for each in work] == [k == 1 for k in range(len(PLANNED))]
+    network = unet.UNet(size=8, in_channels=3, learn_sigma=False, scale_shift=True, **unet.PRESETS["small"])
+    assert work[0]["bytes"] == 2 * 4 * 4 * sum(p.numel() for p in network.parameters())
+    one = [each | dict(table="one") for each in work]
+    monkeypatch.setattr(plan, "speeds", lambda *_: (1e9, 2e9))      # of arithmetic a second
+    monkeypatch.setattr(sys, "stdin", io.StringIO("".join(lines)))
+    plan.main(["--devices", "2"])
+    printed = capsys.readouterr().out
+    flops = one[0]["flops"]
+    sampled = sum(passes for _, passes in PLANNED[2:])
+    hours = (PLANNED[0][1] * flops / 1e9 + sampled * flops / 2e9) / 3600 / 2
+    row = next(line.split() for line in printed.splitlines() if line.startswith("one "))
+    assert (row[1], row[2], float(row[5])) == ("1", "1", pytest.approx(hours, abs=0.006))
+    with pytest.raises(UserError, match="--no-such-flag"):
+        plan.work_of(["one\tx\tpython train.py --no-such-flag 1\n"], torch.device("cpu"))
+
+
+@pytest.mark.parametrize("seconds, images", [(0.6, 1), (0.1, 8)])
+def test_plan_speed_is_of_all_images(seconds, images, monkeypatch):
+    """Catches a speed that forgets the images or the backward pass, and batches larger than the command's."""
+    args = plan.train.arguments("--size 8 --batch 11 --method adv --reg-share 1".split())
+    seen, forward = [], unet.UNet.forward
+
+    def counted(self, x, t):
+        seen.append(len(x))
+        return forward(self, x, t)
+    monkeypatch.setattr(unet.UNet, "forward", counted)
+    monkeypatch.setattr(plan, "seconds_of", lambda work, device: [work(), seconds][1])
+    found = plan.speeds(plan.configured(args), 1e9, 11, common.start_processes(join=False))
+    assert found == pytest.approx((3e9 * images / seconds, 1e9 * images / seconds))
+    assert max(seen) == seen[-1] == images

@@ -1,0 +1,191 @@
+"""What is left of a table's work, and the hours that it takes on this machine: `bash run_all.sh plan` asks.
+
+    bash run_all.sh plan paper table1       # its commands go to this script, a line each: table, target, command
+
+A command's work is the passes of one image through its network, counted from the command itself, times the
+arithmetic of a pass, which is counted as it runs once. A backward pass is two forward ones. How much of that
+this machine does in a second is measured, for every network once. Not counted, as they are small beside it:
+data sets, scores, sample grids and toy3d.py.
+"""
+
+import common                                               # first: it answers Ctrl-C while others load
+
+import contextlib
+import functools
+import io
+import json
+import os
+import statistics
+import sys
+import time
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import attack
+import sample
+import train
+from common import UserError, command_line, parser_of, start_processes
+from data import SIZES
+from unet import PRESETS, UNet
+
+REGULARISER = dict(ddpm=0, ambient=0, ran=3, inv=5, adv=5)  # passes of an image besides the 3 of DDPM's loss
+OPTIMISER = 4                                               # arrays as large as the weights in a checkpoint
+
+
+def configured(args):
+    """The configuration of a train.py command, as far as its cost depends on it, without its data set."""
+    network = dict(size=args.size or SIZES[args.data], in_channels=3, learn_sigma=False, scale_shift=True,
+                   sigma_data=0.5 if args.precondition else None)
+    network |= PRESETS[args.network] | train.given(args, *train.NETWORK)
+    process = dict(schedule="linear", timesteps=1000) | train.given(args, *train.PROCESS)
+    return dict(network=network, process=process, training=vars(args) | dict(method="ddpm", reg_share=1.0))
+
+
+@functools.cache
+def arithmetic(network, device):
+    """Floating-point operations of one image's forward pass, and the number of weights. network: as JSON."""
+    network = json.loads(network)
+    model, size = UNet(**network | dict(sigma_data=None)).to(device), network["size"]
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(torch.zeros(1, 3, size, size, device=device), torch.zeros(1, dtype=torch.long, device=device))
+    return counter.get_total_flops(), sum(p.numel() for p in model.parameters())
+
+
+def parsed(arguments, argv):
+    """arguments(argv), without what it says of flags that have no effect."""
+    with contextlib.redirect_stderr(io.StringIO()):
+        return arguments(argv)
+
+
+def sampling_arguments(argv):
+    """The flags of a sample.py command."""
+    parser = parser_of(sample.__doc__)
+    sample.add_arguments(parser)
+    return parser.parse_args(argv)
+
+
+def training_passes(args):
+    """Forward passes that a train.py command comes to."""
+    return args.steps * args.batch * (3 + REGULARISER[args.method] * args.reg_share)
+
+
+def sampling_passes(args, timesteps, attacked=None):
+    """The same of a sample.py command, or, with `attacked` such as "25%", of an attack.py command, which
+    follows the undisturbed trajectory and the control besides."""
+    steps = args.steps or dict(ddpm=timesteps, ddim=min(250, timesteps), heun=min(18, timesteps))[args.sampler]
+    passes = 2 * steps - 1 if args.sampler == "heun" else steps
+    if attacked is not None:
+        count = attack.attacked_count(attacked, steps)
+        protocol = dict(attack=attack.asked_for(args, count), sampler=args.sampler, steps=steps, seed=args.seed)
+        forwards, backwards = attack.needed(protocol) if count else (0, 0)
+        passes = (3 if count else 1) * passes + count * (forwards + 2 * backwards)
+    return args.num_samples * passes
+
+
+def seconds_of(work, device):
+    """Median duration of work(), of at least three calls."""
+    seconds = []
+    while len(seconds) < 3 or (len(seconds) < 20 and sum(seconds) < 2):
+        began = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - began)
+    return statistics.median(seconds)
+
+
+def speeds(config, flops, batch, process):
+    """This machine's arithmetic a second, in training and in sampling, by DDPM's step and by a forward pass
+    of so many images that it takes half a second, at most `batch`."""
+    size, count = config["network"]["size"], 1
+    while True:
+        trainer = train.Trainer(config | dict(training=config["training"] | dict(batch=count)), None, False,
+                                process)
+        x = torch.zeros(count, 3, size, size, device=process.device)
+        trainer.advance(x)                                  # the first is slow
+        step = seconds_of(lambda: trainer.advance(x), process.device)
+        if step > 0.5 or 2 * count > batch:
+            break
+        count *= 2
+    t = torch.zeros(count, dtype=torch.long, device=process.device)
+    with torch.no_grad():
+        forward = seconds_of(lambda: trainer.model(x, t), process.device)
+    return 3 * flops * count / step, flops * count / forward
+
+
+def work_of(lines, device):
+    """The commands of run_all.sh -> for each that is counted a dict: table, done, model (whether it trains
+    one), images, passes, bytes, and the key and configuration of its network with its largest batch."""
+    runs, found = {}, []
+    for line in lines:
+        table, target, command = line.rstrip("\n").split("\t")
+        words = command.split()
+        script = next((k for k, word in enumerate(words) if word.endswith(".py")), None)
+        name, argv = words[script], words[script + 1:]
+        if name == "train.py" and "--benchmark" not in argv:
+            args = parsed(train.arguments, argv)
+            config = configured(args)
+            network = json.dumps(config["network"], sort_keys=True)
+            flops, weights = arithmetic(network, device)
+            runs[str(args.out)] = dict(config=config, flops=flops, key=(network, args.amp),
+                                       batch=min(args.microbatch or args.batch, args.batch))
+            own = dict(model=True, images=0, passes=training_passes(args), bytes=2 * 4 * OPTIMISER * weights)
+        elif name in ("sample.py", "attack.py"):
+            args = parsed(attack.arguments if name == "attack.py" else sampling_arguments, argv)
+            config = runs[str(args.run)]["config"]
+            passes = sampling_passes(args, config["process"]["timesteps"], getattr(args, "steps_attacked", None))
+            own = dict(model=False, images=args.num_samples, passes=passes,
+                       bytes=3 * args.num_samples * config["network"]["size"]**2)
+        else:
+            continue
+        run = runs[str(args.out if name == "train.py" else args.run)]
+        found.append(own | run | dict(table=table, done=os.path.exists(target)))
+    return found
+
+
+def main(argv=None):
+    """Prints the plan of the commands on stdin."""
+    parser = parser_of(__doc__)
+    parser.add_argument("--devices", type=int, default=1, help="GPUs, or lanes of CPU cores, that work side by "
+                        "side (default 1)")
+    args = parser.parse_args(argv)
+    if sys.stdin.isatty():
+        raise UserError("stdin: is a terminal, and run_all.sh's commands are needed; run bash run_all.sh plan")
+    process, speed = start_processes(join=False), {}
+    work = work_of(sys.stdin, process.device)
+    for each in work:
+        if not each["done"] and each["key"] not in speed:
+            speed[each["key"]] = speeds(each["config"], each["flops"], each["batch"], process)
+            network = each["config"]["network"]
+            print(f"measured: {network['size']}x{network['size']}, {network['channels']} channels, "
+                  f"{each['flops'] / 1e9:.3g} GFLOP an image: " + " and ".join(
+                      f"{one / 1e9:,.0f} GFLOP/s {what}" for one, what in zip(speed[each["key"]], (
+                          "in training", "in sampling"))), flush=True)
+    print(f"\n{'table':13}{'models':>8}{'done':>6}{'images':>13}{'passes (millions)':>19}{'hours':>15}"
+          f"{'disk (GB)':>11}")
+    total = [0, 0, 0, 0.0, 0.0, 0.0]
+    for table in dict.fromkeys(each["table"] for each in work):
+        own = [each for each in work if each["table"] == table]
+        left = [each for each in own if not each["done"]]
+        hours = sum(each["passes"] * each["flops"] / speed[each["key"]][0 if each["model"] else 1]
+                    for each in left) / 3600 / args.devices
+        row = [sum(each["model"] for each in left), sum(each["model"] and each["done"] for each in own),
+               sum(each["images"] for each in left), sum(each["passes"] for each in left) / 1e6, hours,
+               sum(each["bytes"] for each in left) / 1e9]
+        total = [a + b for a, b in zip(total, row)]
+        print(line_of(table, row))
+    print(line_of("all", total))
+    print(f"\nHours on {args.devices} {process.device.type} device(s) of this machine, where nothing else runs; a "
+          "table's are without what an earlier one makes.\nNot counted: data sets, scores, sample grids, toy3d.py, "
+          "and the few seconds in which a command starts.")
+
+
+def line_of(name, row):
+    """A row of the table as text."""
+    models, done, images, passes, hours, gigabytes = row
+    return f"{name:13}{models:8}{done:6}{images:13,}{passes:19,.1f}{hours:15,.2f}{gigabytes:11,.2f}"
+
+
+if __name__ == "__main__":
+    command_line(main)
