@@ -1,6 +1,6 @@
 """What is left of a table's work, and the hours that it takes on this machine: `bash run_all.sh plan` asks.
 
-    bash run_all.sh plan paper table1       # its commands go to this script, a line each: table, target, command
+    bash run_all.sh plan paper table1       # its commands come on stdin, a line each: table, target, command
 
 A command's work is the passes of one image through its network, counted from the command itself, times the
 arithmetic of a pass, which is counted as it runs once. A backward pass is two forward ones. How much of that
@@ -73,11 +73,13 @@ def training_passes(args):
 def sampling_passes(args, timesteps, attacked=None):
     """The same of a sample.py command, or, with `attacked` such as "25%", of an attack.py command, which
     follows the undisturbed trajectory and the control besides."""
-    steps = args.steps or dict(ddpm=timesteps, ddim=min(250, timesteps), heun=min(18, timesteps))[args.sampler]
+    most = dict(ddpm=timesteps, ddim=min(250, timesteps), heun=min(18, timesteps))
+    steps = args.steps or most[args.sampler]
     passes = 2 * steps - 1 if args.sampler == "heun" else steps
     if attacked is not None:
         count = attack.attacked_count(attacked, steps)
-        protocol = dict(attack=attack.asked_for(args, count), sampler=args.sampler, steps=steps, seed=args.seed)
+        protocol = dict(attack=attack.asked_for(args, count), sampler=args.sampler, steps=steps,
+                        seed=args.seed)
         forwards, backwards = attack.needed(protocol) if count else (0, 0)
         passes = (3 if count else 1) * passes + count * (forwards + 2 * backwards)
     return args.num_samples * passes
@@ -134,7 +136,8 @@ def work_of(lines, device):
         elif name in ("sample.py", "attack.py"):
             args = parsed(attack.arguments if name == "attack.py" else sampling_arguments, argv)
             config = runs[str(args.run)]["config"]
-            passes = sampling_passes(args, config["process"]["timesteps"], getattr(args, "steps_attacked", None))
+            passes = sampling_passes(args, config["process"]["timesteps"],
+                                     getattr(args, "steps_attacked", None))
             own = dict(model=False, images=args.num_samples, passes=passes,
                        bytes=3 * args.num_samples * config["network"]["size"]**2)
         else:
@@ -147,11 +150,11 @@ def work_of(lines, device):
 def main(argv=None):
     """Prints the plan of the commands on stdin."""
     parser = parser_of(__doc__)
-    parser.add_argument("--devices", type=int, default=1, help="GPUs, or lanes of CPU cores, that work side by "
-                        "side (default 1)")
+    parser.add_argument("--devices", type=int, default=1, help="GPUs, or lanes of CPU cores, that work side "
+                        "by side (default 1)")
     args = parser.parse_args(argv)
     if sys.stdin.isatty():
-        raise UserError("stdin: is a terminal, and run_all.sh's commands are needed; run bash run_all.sh plan")
+        raise UserError("stdin: is a terminal, and run_all.sh's commands are needed: bash run_all.sh plan")
     process, speed = start_processes(join=False), {}
     work = work_of(sys.stdin, process.device)
     for each in work:
@@ -176,9 +179,9 @@ def main(argv=None):
         total = [a + b for a, b in zip(total, row)]
         print(line_of(table, row))
     print(line_of("all", total))
-    print(f"\nHours on {args.devices} {process.device.type} device(s) of this machine, where nothing else runs; a "
-          "table's are without what an earlier one makes.\nNot counted: data sets, scores, sample grids, toy3d.py, "
-          "and the few seconds in which a command starts.")
+    print(f"\nHours on {args.devices} {process.device.type} device(s) of this machine, where nothing else "
+          "runs; a table's are without what an earlier one makes.\nNot counted: data sets, scores, sample "
+          "grids, toy3d.py, and the few seconds in which a command starts.")
 
 
 def line_of(name, row):

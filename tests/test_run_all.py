@@ -381,18 +381,20 @@ PLANNED = [                                                 # counted by hand: p
     ("sample.py r --num-samples 10 --out a.npz", 10 * 1000),
     ("sample.py r --num-samples 10 --sampler heun --out a.npz", 10 * 35),
     # Undisturbed and control run beside; an attacked step costs 2 passes and a gradient of 2 besides.
-    ("attack.py r --attack fgsm --steps-attacked 50% --steps 10 --num-samples 3 --out a.npz", 3 * (30 + 5 * 4)),
+    ("attack.py r --attack fgsm --steps-attacked 50% --steps 10 --num-samples 3 --out a.npz",
+     3 * (30 + 5 * 4)),
     ("attack.py r --attack eot --iters 7 --steps-attacked 1 --steps 10 --num-samples 3 --out a.npz",
      3 * (30 + 8 + 14)),
     ("attack.py r --steps-attacked 0 --steps 10 --num-samples 3 --out a.npz", 30)]
 
 
 def test_plan_counts_passes(tmp_path, monkeypatch, capsys):
-    """Catches a wrong cost of a method, sampler or attack, a network that is not the command's, and work that
-    is done counted as left."""
+    """Catches a wrong cost of a method, sampler or attack, a network that is not the command's, and work
+    that is done counted as left."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "there").touch()
-    lines = [f"one\t{'there' if k == 1 else k}\tpython {command}\n" for k, (command, _) in enumerate(PLANNED)]
+    lines = [f"one\t{'there' if k == 1 else k}\tpython {command}\n"
+             for k, (command, _) in enumerate(PLANNED)]
     work = plan.work_of(["one\tx\tpython fid.py a.npz\n", *lines], torch.device("cpu"))
     assert [each["passes"] for each in work] == [passes for _, passes in PLANNED]
     assert [each["done"] for each in work] == [k == 1 for k in range(len(PLANNED))]
