@@ -46,9 +46,9 @@ def shrinkage(schedule, method="adv", lam=0.3, omega=2.0, gamma=8 / 255, lam_uni
     """c_t [T], float64, where S_t = E[lambda_t delta delta^T] is c_t I: Eq. 6's minimiser is then Eq. 3's for
     data of variance v / (1 + c_t), in every direction.
 
-    `ddpm`, `ambient`: 0. `ran`: always. `adv` and `inv`: where Eq. 8's gradient has the signs of its random start, as it
-    has if all directions have the same gain; else `optimum` finds S_t, which is smaller where the data are
-    strong. schedule: float64, as `named` makes it. lam, omega, gamma, lam_units: train.py's; its --reg-share
+    `ddpm`, `ambient`: 0. `ran`: always. `adv` and `inv`: where Eq. 8's gradient has the signs of its random
+    start, as it has if all directions have the same gain; else `optimum` finds S_t, which is smaller where
+    the data are strong. schedule: float64, as `named` makes it. lam, omega, gamma, lam_units: train.py's; its --reg-share
     and --weighting leave the minimiser as it is.
     """
     s = schedule.sqrt_one_minus_alpha_bar.numpy()                                   # [T]
@@ -179,9 +179,9 @@ def predicted(truth, protocol, count=None):
     `rule for 0 < p < 1`.
 
     truth: the distribution of the subspace data, as `Images.truth`; count: of the samples, None: so many that
-    it adds nothing to the distances. `limit`: value without what it adds. None where there is no closed form: other
-    images, methods (`inv` lives on its clamp) or a learned variance, an attack, no protocol of ours. Left
-    out: the clamp, and the mean of x_T, which is 0 and not 0.006 of the data's.
+    it adds nothing to the distances. `limit`: value without what it adds. None where there is no closed form:
+    other images, corruptions, methods (`inv` lives on its clamp) or a learned variance, an attack, no
+    protocol of ours. Left out: the clamp, and the mean of x_T, which is 0 and not 0.006 of the data's.
 
     Rule: a network that can tell clean images from corrupted ones, as the many directions outside the
     subspace let it, filters each as its own kind. (Where it cannot, take the data's overall covariance.)
