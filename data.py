@@ -121,8 +121,8 @@ class Images:
     Attributes: name, size, shape (3, H, W), array (uint8; float32 for subspace), low and high (range of the
     clean data, to which x0 is clamped), info (the .json file), p, sigma, data_seed, corruption. size None
     means the paper's. UserError if the data set is not prepared or is damaged, or if p, sigma or data_seed is
-    out of range; of more than MAX_BYTES, whose hash would take seconds, only the length is checked. Threads may
-    share an object.
+    out of range; of more than MAX_BYTES, whose hash would take seconds, only the length is checked. Threads
+    may share an object.
     """
 
     def __init__(self, name, size=None, data_dir="data", p=0.0, sigma=0.0, data_seed=0,

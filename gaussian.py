@@ -48,8 +48,8 @@ def shrinkage(schedule, method="adv", lam=0.3, omega=2.0, gamma=8 / 255, lam_uni
 
     `ddpm`, `ambient`: 0. `ran`: always. `adv` and `inv`: where Eq. 8's gradient has the signs of its random
     start, as it has if all directions have the same gain; else `optimum` finds S_t, which is smaller where
-    the data are strong. schedule: float64, as `named` makes it. lam, omega, gamma, lam_units: train.py's; its --reg-share
-    and --weighting leave the minimiser as it is.
+    the data are strong. schedule: float64, as `named` makes it. lam, omega, gamma, lam_units: train.py's; its
+    --reg-share and --weighting leave the minimiser as it is.
     """
     s = schedule.sqrt_one_minus_alpha_bar.numpy()                                   # [T]
     if method in ("ddpm", "ambient"):

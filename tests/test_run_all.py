@@ -400,12 +400,11 @@ def test_plan_counts_passes(tmp_path, monkeypatch, capsys):
     assert [each["done"] for each in work] == [k == 1 for k in range(len(PLANNED))]
     network = unet.UNet(size=8, in_channels=3, learn_sigma=False, scale_shift=True, **unet.PRESETS["small"])
     assert work[0]["bytes"] == 2 * 4 * 4 * sum(p.numel() for p in network.parameters())
-    one = [each | dict(table="one") for each in work]
     monkeypatch.setattr(plan, "speeds", lambda *_: (1e9, 2e9))      # of arithmetic a second
     monkeypatch.setattr(sys, "stdin", io.StringIO("".join(lines)))
     plan.main(["--devices", "2"])
     printed = capsys.readouterr().out
-    flops = one[0]["flops"]
+    flops = work[0]["flops"]
     sampled = sum(passes for _, passes in PLANNED[2:])
     hours = (PLANNED[0][1] * flops / 1e9 + sampled * flops / 2e9) / 3600 / 2
     row = next(line.split() for line in printed.splitlines() if line.startswith("one "))

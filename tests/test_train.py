@@ -517,8 +517,8 @@ def test_a_data_set_that_was_not_measured(shapes, tmp_path):
 
 
 def test_runs_of_before_go_on(shapes, trained, tmp_path):
-    """A checkpoint that knows no sigma_data, corruption or weighting, by the paper's sum: it goes on, to the bit;
-    one with the weights that there were once is another run."""
+    """A checkpoint that knows no sigma_data, corruption or weighting, by the paper's sum: it goes on, to the
+    bit; one with the weights that there were once is another run."""
     old = torch.load(trained / "checkpoint-previous.pt", weights_only=True)
     del old["config"]["network"]["sigma_data"], old["config"]["training"]["weighting"]
     del old["config"]["data"]["corruption"]
