@@ -37,6 +37,7 @@ DATA = {"cifar10": "CIFAR-10", "celeba": "CelebA", "lsun_bedroom": "LSUN Bedroom
         "imagenet64": "ImageNet-64"}
 METHODS = {"ddpm": "DDPM", "ran": "Robust_ran", "adv": "Robust_adv", "inv": "Inv_adv"}
 COLOURS = {"ddpm": "#0072B2", "ran": "#009E73", "adv": "#D55E00", "inv": "#CC79A7"}     # for every eye
+MODEL_COLOURS = {METHODS[method]: colour for method, colour in COLOURS.items()}
 CLEAN, *NOISY = NOISES = ["clean", "90 % with σ 0.1", "90 % with σ 0.2"]       # as `noise_name` has it
 ATTACKS = ["fgsm", "pgd", "pgd as printed", "eot", "eot as printed", "noise", "drift"]
 PERCENT = [25, 50, 75, 100]                                 # of the sampling steps
@@ -546,19 +547,25 @@ def chart(results, name, figure):
 
 def curves(results, name, panels, xlabel, ylabel="", xscale="log"):
     """A panel for each of {title: {label: [(x, cell or None, closed form or None)]}}, which is dashed; y is
-    logarithmic. -> the link, or "" where there is nothing, or no matplotlib."""
+    logarithmic. A model has its colour, and open marks with something in brackets behind its name. -> the
+    link, or "" where there is nothing, or no matplotlib."""
     if not results.plt or not panels:
         return ""
     figure, axes = results.plt.subplots(1, len(panels), figsize=(3.2 * len(panels) + 0.6, 3.6), squeeze=False,
                                         sharey=bool(ylabel), layout="constrained")
     for ax, (title, lines) in zip(axes[0], panels.items()):
         for k, (label, points) in enumerate(lines.items()):
+            method, beside, _ = label.partition(" (")
+            colour = MODEL_COLOURS.get(method, f"C{k}")
             x, y, deviation = np.array([(x, found[0], found[1] or 0) for x, found, _ in points if found]
                                        or np.empty((0, 3))).T
-            ax.errorbar(x, y, deviation, fmt="o-", color=f"C{k}", capsize=2, markersize=4, label=label)
+            ax.errorbar(x, y, deviation, fmt="o:" if beside else "o-", color=colour, capsize=2, markersize=4,
+                        markerfacecolor="white" if beside else colour, label=label)
             exact = np.array([(x, form[0]) for x, _, form in points if form] or np.empty((0, 2))).T
-            ax.plot(*exact, "--", color=f"C{k}", label="closed form" if exact.size else None)
+            ax.plot(*exact, "--", color=colour, label="closed form" if exact.size else None)
         ax.set(xscale=xscale, yscale="log", title=title, xlabel=xlabel)
+        if xscale == "linear":
+            ax.set_xticks(sorted({x for points in lines.values() for x, *_ in points}))
     axes[0, 0].set_ylabel(ylabel)
     handles = {label: line for ax in axes[0] for line, label in zip(*ax.get_legend_handles_labels())}
     fit = max(1, int(13 * figure.get_figwidth() / (6 + max(map(len, handles), default=0))))
@@ -819,7 +826,7 @@ def fig8(results):
         if attack != "noise" and matching(attacked, data | dict(attack=attack)):
             panels[attack] = {METHODS[m] + beside: [
                 (k, cell(attacked, number, of(m, CLEAN, attack=a, percent=k) | data), None) for k in PERCENT]
-                for a, beside in {attack: "", "noise": ", random signs"}.items() for m in ("ddpm", "adv")}
+                for a, beside in {attack: "", "noise": " (random signs)"}.items() for m in ("ddpm", "adv")}
     return "Fig. 8b: attacks on the sampling trajectory, clean data", (
         table(results.records, ["cifar10"], ["attack", "steps attacked", "model"], rows,
               [*QUALITY, "displacement", "by random signs as large"])
@@ -939,6 +946,12 @@ def evaluations(results):
         text + "Heun takes 2 n − 1 evaluations for n steps, the others n." if text else "Not measured yet.")
 
 
+def model_name(where):
+    """A model by its method and all that is unusual of it."""
+    return METHODS[where["method"]] + (f", λ {where['lam']}" if where["lam"] else "") + (
+        f", {where['odd']}" if where["odd"] else "") + (", fine-tuned" if where["tuned"] else "")
+
+
 def optimum(results):
     """Networks on subspace data beside what gaussian.py says of the method: how far their training came."""
     numbers, names = ("FD-exact", "ρ", "variance kept"), (
@@ -951,13 +964,11 @@ def optimum(results):
             found.setdefault((way, r["seed"]), dict(r, cell=way))
     for where in distinct(found := [*found.values()], *names):
         pairs = [pair(found, n, where) for n in numbers]
-        model = METHODS[where["method"]] + (f", λ {where['lam']}" if where["lam"] else "") + (
-            f", {where['odd']}" if where["odd"] else "") + (", fine-tuned" if where["tuned"] else "")
         ours, form = pairs[0]
         reached = ours and form and abs(ours[0] - form[0]) <= max(form[0] / 20, ours[1] or 0)
         ratio = digits(ours[0] / form[0]) if ours and form and form[0] else DASH
         ratio, at = (f"**{ratio}**", at + 1) if reached else (ratio, at)
-        rows.append([label_of(where), where["noise"], model, f"{where['step']:,}",
+        rows.append([label_of(where), where["noise"], model_name(where), f"{where['step']:,}",
                      f"{sampler_name(where['sampler'])} {where['steps']}", ratio,
                      *(f"{show(ours)} ({show(form)})" for ours, form in pairs), where["rule"]])
     header = ["data", "training data", "model", "steps trained", "sampling", "FD-exact over its closed form",
@@ -968,11 +979,34 @@ def optimum(results):
         f"method.\n\n{markdown(header, rows)}" if rows else "Not measured yet.")
 
 
+def real(results):
+    """Beyond the paper: what models of the same images leave of the noise, and how that looks."""
+    text, names = "", ("lam", "method", "odd", "tuned", "step", "sampler", "steps")
+    for kind, tail in kinds_of(results.scores):
+        own = [dict(r, cell=tuple(r[name] for name in names))
+               for r in matching(results.scores, kind | dict(attack=None, flags=None))]
+        results.shown |= {r["path"] for r in own}
+        numbers, rows, pictures = names_of(own, kind, QUALITY), [], []
+        for where in distinct(own, *names):
+            made, name = f"{sampler_name(where['sampler'])} {where['steps']}", model_name(where)
+            rows.append([name, f"{where['step']:,}", made, *(show(cell(own, n, where)) for n in numbers)])
+            pictures.append((name, matching(own, where)[0]["picture"]))
+        seen = [(f"training images, {kind['noise']}", file.with_name("training-images.png"))
+                for _, file in pictures[:1]]
+        plain_letters = str.maketrans({"λ": "lambda", "ω": "omega", "σ": "sigma"})          # the font's
+        text += f"{label_of(kind)}, {kind['noise']}. {scale(own)}\n\n" + markdown(
+            ["model", "steps trained", "sampling", *numbers], rows)
+        text += strip(results, f"real-{tail}", [(name.translate(plain_letters), tiles_of(file, kind["size"]))
+                                                for name, file in seen + pictures if file.is_file()]) + "\n"
+    return "Real images (beyond the paper)", text or "Not measured yet."
+
+
 # ------------------------------------------------------------------------------------------- the command line
 
 TABLES = {one.__name__: one for one in (
     toy3d, fig3, table1_top, table1_bottom, table2, cost, invariance, samples, fig6, fig7, fig8, fig24,
-    table4, table5, evaluations, optimum, speed)}
+    table4, table5, evaluations, optimum, speed, real)}
+APART = "speed", "real"                                     # of runs of their own
 
 
 def origin(args):
@@ -1008,8 +1042,8 @@ def main(argv=None):
     parser = parser_of(__doc__)
     parser.add_argument("--runs", type=Path, required=True, help="folder with runs and scores, at any depth")
     parser.add_argument("--out", type=Path, help="folder for README.md and its figures (default: RUNS)")
-    parser.add_argument("--tables", nargs="+", default=[name for name in TABLES if name != "speed"],
-                        help=f"some of {', '.join(TABLES)} (default: all but speed)")
+    parser.add_argument("--tables", nargs="+", default=[name for name in TABLES if name not in APART],
+                        help=f"some of {', '.join(TABLES)} (default: all but {' and '.join(APART)})")
     args = parser.parse_args(argv)
     args.out = args.out or args.runs
     for name in args.tables:

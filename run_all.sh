@@ -11,8 +11,8 @@
 #
 # Tables: pictures cost toy fig3 table1 table2 fig6 fig7 fig8 table4 table5 (fig. 4, 5, 12 to 24 come with them), and,
 # only where they are asked for, those that are beyond the paper: evaluations, quality against the sampler's cost, and
-# of quick theory, the closed form beside trained networks, and speed, seconds of training to a quality. They are made
-# one after another, the cheapest first, each followed by report.py.
+# of quick theory, the closed form beside trained networks, speed, seconds of training to a quality, and real, CIFAR-10
+# at 16x16. They are made one after another, the cheapest first, each followed by report.py.
 # The commands of one model are a chain; chains run side by side. What is there already is skipped: a run that was
 # stopped goes on. A command that fails ends its chain alone.
 #
@@ -30,13 +30,13 @@ cd "$(dirname "$0")"
 
 quick() {
     TABLES="pictures fig6 cost toy fig3 table1 table2 fig7 table5 table4 fig8"
-    BEYOND="evaluations theory speed" ROOT=runs/quick DATA=data
+    BEYOND="evaluations theory speed real" ROOT=runs/quick DATA=data
     MAIN=subspace DATASETS=subspace FIG7=subspace FIG7_NOISES="0.9:0.2" TABLE4=subspace
     SUBSPACE_IMAGES=shapes SIZE=8 FEW=256 SHAPES=""
     SEEDS="0 1 2" STEPS=250 TUNE=80 FULL=50 DDIM=25 N=400 N_FEWER=100 N_ATTACK=64 ATTACK_STEPS=24
     # The paper's loss and samplers; not its network and weighting, which need 50 times as many steps (beyond.py).
     TRAIN="--preset small --mult 1,1 --batch 64 --lr 2e-3 --ema 0.98 --precondition --weighting edm"
-    TRAIN="$TRAIN --sample-every 50" REGULARISED="--reg-share 0.25"
+    REGULARISED="--reg-share 0.25"
     SAMPLE="--batch 200" ATTACK="--iters 3 --eot 2" FEATURES="--features pixels" METRIC=fd-pixels
     TOY="" TOY_SWEEP="--seeds 1" LARGE_TRAIN="" LARGE_SAMPLE=""
     ABOUT="Small images, $STEPS steps a model: under an hour on two slow cores, the first picture in five minutes"
@@ -188,6 +188,23 @@ theoretical() {                                             # METHOD NOISE SEED 
     samples ddpm 100
     samples heun 18
     judge
+}
+
+# Beyond the paper: real images become clean, and what omega does to them. CIFAR10=..., or a download.
+real() {
+    local noise omega
+    ROOT=runs/real REPORT="--tables real" SIZE=16 STEPS=1500 N=2000
+    TRAIN="--preset small --batch 64 --lr 1e-3 --ema 0.995 --precondition --weighting edm"
+    for noise in "0.9 0.2" "0 0"; do
+        model cifar10 ddpm $noise seed0 --seed 0
+        samples heun 18
+        judge
+        for omega in 2 8; do
+            model cifar10 adv $noise "omega$omega-seed0" --seed 0 --omega $omega
+            samples heun 18
+            judge
+        done
+    done
 }
 
 # Beyond the paper: seconds of training against the distance, as the training is made quicker step by step.

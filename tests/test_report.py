@@ -538,6 +538,28 @@ def test_training_images_beside_samples(tmp_path):
         assert sheet.size == (526, 146)
 
 
+def test_real_images_of_every_omega(tmp_path):
+    """Catches models of another omega that are left out or averaged with the others, seeds that are not,
+    attacked samples among them, and pictures of other models than the rows name."""
+    for name, method, grey, more in (("ddpm", "ddpm", 10, {}), ("usual", "adv", 20, {}),
+                                     ("omega8", "adv", 30, dict(omega=8.0)), ("again", "adv", 40, dict(seed=1))):
+        config = configuration(method, name="cifar10", size=16, **more)
+        write_score(tmp_path / "runs" / name, config, suffix="fd-pixels", metric="FD-pixels", value=float(grey),
+                    noise_mean=0.5)
+        common.save_grid(np.full((16, 16, 16, 3), grey, np.uint8), tmp_path / f"runs/{name}/ddpm-100.png")
+    write_score(tmp_path / "runs/usual", configuration(name="cifar10", size=16), "f", suffix="fd-pixels",
+                attack=attacked("fgsm", 100), metric="FD-pixels", value=99.0)
+    text, _ = write_report(tmp_path / "runs", "--tables", "real")
+    table = section(text, "Real images")
+    assert cells(table, "DDPM") == ["600", "DDPM 100", "10.0", "0.500"]
+    assert cells(table, "Robust_adv, λ 0.3")[2] == "30.0 ± 14.1"            # of 20 and 40
+    assert cells(table, "Robust_adv, λ 0.3, omega is 8.0")[2] == "30.0"
+    assert "; 1 to 2 seed(s)" in table and "99" not in table
+    with Image.open(tmp_path / "out/real-cifar10-16-90-with-0.2.png") as sheet:
+        pixels = np.asarray(sheet)
+    assert [pixels[16 + 148 * k, 0, 0] for k in range(len(pixels) // 146)] in ([10, 20, 30], [10, 40, 30])
+
+
 def test_charts_are_made_and_linked(tmp_path):
     """Catches a figure that is linked and not made, or made and not linked, and a leftover temporary file."""
     pytest.importorskip("matplotlib")

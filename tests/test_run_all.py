@@ -139,7 +139,7 @@ def parsed(command, monkeypatch):
 
 
 @pytest.mark.parametrize("asked, chains", [
-    ("quick", 40), ("paper", 50), ("quick theory speed evaluations", 59), ("dry", 50)])
+    ("quick", 40), ("paper", 50), ("quick theory speed evaluations real", 65), ("dry", 50)])
 def test_commands_are_what_the_scripts_take(kit, monkeypatch, asked, chains):
     """Catches a flag that a script does not know or refuses, a command or a score twice in a chain, a chain
     without its data, a stage before the model or the samples that it needs, and an attack whose percentage is
