@@ -8,8 +8,8 @@ Without these flags nothing here has an effect. train.py calls `plan`, in one li
 Algorithm 1 and its loss.
 
 A factor of t alone leaves the minimiser at every t what it is, and decides how soon it is reached. 8x8
-subspace data, p 0.9, sigma 0.2, adv, 720 steps of 64, a share of 1/4, one seed, FD-exact by Heun's sampler and
-by DDPM's in 100 steps (closed form 0.9, 1.6):
+subspace data, p 0.9, sigma 0.2, adv, 720 steps of 64, a share of 1/4, one seed, FD-exact by Heun's sampler
+and by DDPM's in 100 steps (closed form 0.9, 1.6):
 
                                                         preconditioned      not
     the paper's sum                                     6.4, 7.7            –
@@ -34,8 +34,8 @@ def add_arguments(parser):
         "computed, 1, 1/2, 1/3 ...: a step costs (3 + 5 share) / 3 of DDPM's (default 1, the paper's)")
     add("--precondition", action="store_true", help="Karras et al.'s parametrisation of the network, for the "
         "data set's sigma_data: the same minimiser, learnt in far fewer steps")
-    add("--corruption", choices=CORRUPTIONS, default="gaussian", help="what befalls a share --p of images: the "
-        "paper's noise (default); a share --sigma of the pixels black or white; uniform noise in the image's "
+    add("--corruption", choices=CORRUPTIONS, default="gaussian", help="what befalls a share --p of images: "
+        "the paper's noise (default); a share --sigma of the pixels black or white; uniform noise in the image's "
         "place, without --sigma; or blur of deviation 10 --sigma pixels")
     add("--weighting", choices=WEIGHTINGS, default="paper", help="of the loss at t: the paper's sum "
         "(default), that divided by 1 + c_t, or by 1 + c_t with EDM's t and weights. The same minimiser")

@@ -674,8 +674,8 @@ def describe(result):
         text += [f"rho {result['rho_mean']:.4g} (5/25/50/75/95 %: {percentiles})",
                  f"PSNR {result['psnr']:.4g} dB", f"variance kept {result['variance_kept']:.4g}"]
     if found := result.get("closed_form"):
-        text.append(f"closed form ({found['closed_form']}) of as many: {found['value']:.4g}, of endlessly many "
-                    f"{found['limit']:.4g}, rho {found['rho_mean']:.4g}, PSNR {found['psnr']:.4g}, kept "
+        text.append(f"closed form ({found['closed_form']}) of as many: {found['value']:.4g}, of endlessly "
+                    f"many {found['limit']:.4g}, rho {found['rho_mean']:.4g}, PSNR {found['psnr']:.4g}, kept "
                     f"{found['variance_kept']:.4g}")
     if "noise_mean" in result:
         text.append(f"noise estimate {result['noise_mean']:.4g}")

@@ -866,7 +866,7 @@ def test_attacks_by_hand(name, sampler, variance, as_printed):
                 moved = r * np.sign(start @ to_next @ to_next.T)
             elif name == "drift":
                 moved = r * np.sign((x + start - clean) @ to_x0 @ to_x0.T)
-            elif name == "trajectory":                      # the rest of the process is x_0 = x_t @ to_end + ...
+            elif name == "trajectory":                      # the process's rest: x_0 = x_t @ to_end + ...
                 to_end, moved = functools.reduce(np.matmul, (tables(j)[1] for j in range(k, -1, -1))), start
                 for _ in range(N):
                     sign = np.sign((x + moved - clean) @ to_end @ to_end.T)
@@ -898,7 +898,7 @@ def test_attacks_by_hand(name, sampler, variance, as_printed):
     assert sums["size"] == pytest.approx(size, rel=1e-6)
     assert sums.get("kept", kept) == pytest.approx(kept, rel=1e-6)
     assert (sums["steps"], sums["attacked"], sums["pixels"], sums["outside"]) == (3, 9, 12, 0)
-    if name == "trajectory":                # forwards, again and backwards through 4, 3 and 1 steps to the end
+    if name == "trajectory":            # forwards, again and backwards through 4, 3 and 1 steps to the end
         looks, ahead = (5, 7 + 5 + 1) if sampler == "heun" else (3, 4 + 3 + 1)
         assert (sums["forwards"], sums["backwards"]) == (looks + 2 * N * ahead, N * ahead)
         assert torch.equal(hook.x_0_clean, hook.clean)      # foreseen, with the noise that sample() then drew
