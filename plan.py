@@ -27,7 +27,7 @@ import sample
 import train
 from common import UserError, command_line, parser_of, start_processes
 from data import SIZES
-from unet import PRESETS, UNet
+from unet import UNet
 
 REGULARISER = dict(ddpm=0, ambient=0, ran=3, inv=5, adv=5)  # passes of an image besides the 3 of DDPM's loss
 OPTIMISER = 4                                               # arrays as large as the weights in a checkpoint
@@ -35,10 +35,8 @@ OPTIMISER = 4                                               # arrays as large as
 
 def configured(args):
     """The configuration of a train.py command, as far as its cost depends on it, without its data set."""
-    network = dict(size=args.size or SIZES[args.data], in_channels=3, learn_sigma=False, scale_shift=True,
-                   sigma_data=0.5 if args.precondition else None)
-    network |= PRESETS[args.network] | train.given(args, *train.NETWORK)
-    process = dict(schedule="linear", timesteps=1000) | train.given(args, *train.PROCESS)
+    network, process = train.from_flags(args, args.size or SIZES[args.data], 3,
+                                        0.5 if args.precondition else None)
     return dict(network=network, process=process, training=vars(args) | dict(method="ddpm", reg_share=1.0))
 
 
@@ -97,13 +95,13 @@ def seconds_of(work, device):
     return statistics.median(seconds)
 
 
-def speeds(config, flops, batch, process):
+def speeds(config, flops, batch, amp, process):
     """This machine's arithmetic a second, in training and in sampling, by DDPM's step and by a forward pass
-    of so many images that it takes half a second, at most `batch`."""
+    of so many images that it takes half a second, at most `batch`; amp: of bfloat16."""
     size, count = config["network"]["size"], 1
     while True:
-        trainer = train.Trainer(config | dict(training=config["training"] | dict(batch=count)), None, False,
-                                process)
+        training = config["training"] | dict(batch=count, amp=amp)
+        trainer = train.Trainer(config | dict(training=training), None, False, process)
         x = torch.zeros(count, 3, size, size, device=process.device)
         trainer.advance(x)                                  # the first is slow
         step = seconds_of(lambda: trainer.advance(x), process.device)
@@ -112,7 +110,7 @@ def speeds(config, flops, batch, process):
         count *= 2
     t = torch.zeros(count, dtype=torch.long, device=process.device)
     with torch.no_grad():
-        forward = seconds_of(lambda: trainer.model(x, t), process.device)
+        forward = seconds_of(lambda: trainer.network(x, t), process.device)
     return 3 * flops * count / step, flops * count / forward
 
 
@@ -130,20 +128,21 @@ def work_of(lines, device):
             config = configured(args)
             network = json.dumps(config["network"], sort_keys=True)
             flops, weights = arithmetic(network, device)
-            runs[str(args.out)] = dict(config=config, flops=flops, key=(network, args.amp),
-                                       batch=min(args.microbatch or args.batch, args.batch))
+            run = runs[str(args.out)] = dict(config=config, flops=flops, network=network,
+                                             batch=min(args.microbatch or args.batch, args.batch))
             own = dict(model=True, images=0, passes=training_passes(args), bytes=2 * 4 * OPTIMISER * weights)
         elif name in ("sample.py", "attack.py"):
             args = parsed(attack.arguments if name == "attack.py" else sampling_arguments, argv)
-            config = runs[str(args.run)]["config"]
+            run = runs[str(args.run)]
+            config = run["config"]
             passes = sampling_passes(args, config["process"]["timesteps"],
                                      getattr(args, "steps_attacked", None))
             own = dict(model=False, images=args.num_samples, passes=passes,
                        bytes=3 * args.num_samples * config["network"]["size"]**2)
         else:
             continue
-        run = runs[str(args.out if name == "train.py" else args.run)]
-        found.append(own | run | dict(table=table, done=os.path.exists(target)))
+        found.append(run | own | dict(table=table, done=os.path.exists(target),
+                                      key=(run["network"], args.amp)))
     return found
 
 
@@ -159,11 +158,11 @@ def main(argv=None):
     work = work_of(sys.stdin, process.device)
     for each in work:
         if not each["done"] and each["key"] not in speed:
-            speed[each["key"]] = speeds(each["config"], each["flops"], each["batch"], process)
-            network = each["config"]["network"]
+            network, amp = each["config"]["network"], each["key"][1]
+            speed[each["key"]] = speeds(each["config"], each["flops"], each["batch"], amp, process)
             print(f"measured: {network['size']}x{network['size']}, {network['channels']} channels, "
-                  f"{each['flops'] / 1e9:.3g} GFLOP an image: " + " and ".join(
-                      f"{one / 1e9:,.0f} GFLOP/s {what}" for one, what in zip(speed[each["key"]], (
+                  f"{'bfloat16' if amp else 'float32'}, {each['flops'] / 1e9:.3g} GFLOP an image: "
+                  + " and ".join(f"{one / 1e9:,.0f} GFLOP/s {what}" for one, what in zip(speed[each["key"]], (
                           "in training", "in sampling"))), flush=True)
     print(f"\n{'table':13}{'models':>8}{'done':>6}{'images':>13}{'passes (millions)':>19}{'hours':>15}"
           f"{'disk (GB)':>11}")

@@ -49,12 +49,12 @@ DASH = "–"
 
 # --------------------------------------------------------------------- a cell of a table, and what selects it
 
-def of(method, noise, **more):
+def of(method, noise, sampler="ddpm", **more):
     """What selects a model's samples: the paper's lambda, trained from scratch, Eq. 4 with the usual number
-    of steps, no attack, unless `more` says otherwise."""
+    of steps or what takes its place (see `mark_usual`), no attack, unless the arguments say otherwise."""
     where = dict(method=method, noise=noise, lam=None if method in ("ddpm", "ambient") else 0.3, flags=None,
-                 tuned=False, sampler="ddpm", attack=None, percent=None)
-    return where | ({} if "steps" in more else {"usual": True}) | more
+                 tuned=False, attack=None, percent=None)
+    return where | (dict(sampler=sampler) if "steps" in more else dict(usual=sampler)) | more
 
 
 def noise_name(p, sigma, corruption="gaussian"):
@@ -92,16 +92,18 @@ def distinct(records, *names):
 
 
 def mark_usual(records):
-    """Marks as `usual`, for each data set and sampler, the number of steps that most records have (of two,
-    the larger); attacked samples apart. -> records."""
+    """Marks as `usual` for ddpm or ddim, for each data set, the number of steps that most records have (of
+    two, the larger); attacked samples apart. Heun's is ddpm's where more records have it than any number of
+    DDPM's steps. -> records."""
     groups = {}
     for r in records:
-        groups.setdefault((r["data"], r["size"], r["sampler"], r["percent"] is None), []).append(r)
-    for own in groups.values():
-        counts = Counter(r["steps"] or 0 for r in own)
-        usual = max(counts, key=lambda steps: (counts[steps], steps))
+        place = "ddpm" if r["sampler"] == "heun" else r["sampler"]
+        groups.setdefault((r["data"], r["size"], place, r["percent"] is None), []).append(r)
+    for (_, _, place, _), own in groups.items():
+        counts = Counter((r["sampler"] != "heun", r["steps"] or 0) for r in own)
+        usual = max(counts, key=lambda way: (counts[way], way))
         for r in own:
-            r["usual"] = (r["steps"] or 0) == usual
+            r["usual"] = place if (r["sampler"] != "heun", r["steps"] or 0) == usual else None
     return records
 
 
@@ -379,7 +381,8 @@ def table(records, names, labels, rows, numbers=QUALITY):
         line += [joined(plain(paper(n, where | data)) for n in known) for data, known in theirs]
         lines.append([*texts, *line])
         used += [r for data, known in ours for r in matching(records, where | data) if {*known} & {*r}]
-    return f"{scale(used)}\n\n{markdown([*labels, *header], lines)}"
+    place = " Heun's sampling takes the place of DDPM's." if any(r["sampler"] == "heun" for r in used) else ""
+    return f"{scale(used)}{place}\n\n{markdown([*labels, *header], lines)}"
 
 
 def markdown(header, rows):

@@ -3,10 +3,11 @@
 #
 #   bash run_all.sh                        quick where there is no GPU, paper where there is one
 #   bash run_all.sh quick                  all tables at a small scale whose truth is known, on CPU cores
+#   bash run_all.sh day                    CIFAR-10's tables in a day of one GPU: short trainings, Heun's samples
 #   bash run_all.sh paper table1 fig8      some of them, at the paper's scale, on all GPUs of this machine
 #   bash run_all.sh plan paper table1      what is left to do, and how many hours of this machine it takes
 #   bash run_all.sh list paper table1      the same, one model a line, for a cluster or GNU parallel
-#   bash run_all.sh dry                    every command of `paper` for two steps on shrunken data and networks
+#   bash run_all.sh dry                    every command of `paper` and `day` for two steps on shrunken data and networks
 #   bash run_all.sh test                   the tests
 #
 # Tables: pictures cost toy fig3 table1 table2 fig6 fig7 fig8 table4 table5 (fig. 4, 5, 12 to 24 come with them), and,
@@ -17,7 +18,7 @@
 # stopped goes on. A command that fails ends its chain alone.
 #
 # PYTHON=python3            this environment as it is, instead of a .venv made here
-# LANES=4                   chains at a time (default: paper one a GPU; quick and dry the cores, at most 8)
+# LANES=4                   chains at a time (default: paper and day one a GPU; quick and dry the cores, at most 8)
 # GPUS_PER_MODEL=8          GPUs for one chain, by torchrun (default 1)
 # TRAIN_FLAGS="--amp"       more flags for every training
 # CELEBA=img_align_celeba.zip LSUN_BEDROOM=... IMAGENET64=... BUTTERFLIES=... CIFAR10=...      data.py's --src
@@ -33,7 +34,7 @@ quick() {
     BEYOND="evaluations theory speed real" ROOT=runs/quick DATA=data
     MAIN=subspace DATASETS=subspace FIG7=subspace FIG7_NOISES="0.9:0.2" TABLE4=subspace
     SUBSPACE_IMAGES=shapes SIZE=8 FEW=256 SHAPES=""
-    SEEDS="0 1 2" STEPS=250 TUNE=80 FULL=50 DDIM=25 N=400 N_FEWER=100 N_ATTACK=64 ATTACK_STEPS=24
+    SEEDS="0 1 2" STEPS=250 TUNE=80 FULL="ddpm 50" DDIM=25 N=400 N_FEWER=100 N_ATTACK=64 ATTACK_STEPS=24
     # The paper's loss and samplers; not its network and weighting, which need 50 times as many steps (beyond.py).
     TRAIN="--preset small --mult 1,1 --batch 64 --lr 2e-3 --ema 0.98 --precondition --weighting edm"
     REGULARISED="--reg-share 0.25"
@@ -46,20 +47,40 @@ paper() {
     TABLES="cost toy fig3 fig6 table1 table5 table4 table2 fig7 fig8" BEYOND=evaluations ROOT=runs/paper DATA=data
     MAIN=cifar10 DATASETS="cifar10 celeba lsun_bedroom imagenet64" FIG7=lsun_bedroom
     FIG7_NOISES="0:0 0.9:0.1 0.9:0.2" TABLE4=celeba SUBSPACE_IMAGES=butterflies SIZE="" FEW="" SHAPES=""
-    SEEDS=0 STEPS=500000 TUNE=158300 FULL=1000 DDIM=250 N=50000 N_FEWER=50000 N_ATTACK=50000 ATTACK_STEPS=1000
+    SEEDS=0 STEPS=500000 TUNE=158300 FULL="ddpm 1000" DDIM=250 N=50000 N_FEWER=50000 N_ATTACK=50000
+    ATTACK_STEPS=1000
     TRAIN="--sample-every 50000" REGULARISED="" SAMPLE="--batch 500" ATTACK="" FEATURES="" METRIC=fid
     TOY="" TOY_SWEEP=""
     LARGE_TRAIN="--microbatch 4" LARGE_SAMPLE="--batch 64"  # 256x256 images do not fit a GPU of 80 GB otherwise
     ABOUT="$STEPS steps a model: every training shows the time that it needs"
 }
 
-# The paper's commands with what makes them short appended: the last of two equal flags counts.
+# One GPU, one day. The training is beyond.py's, which needs far fewer steps; the learning rate that of Ho et al.
+# (2020), the average over the last 1000 steps. The samples are Heun's, but for Table 1's fewer steps and for the
+# attacks, which need DDPM's noise: on 20 of its steps, by 3 iterations, a third of the day's work all the same.
+# STEPS: by plan.py's count all is 5.1e18 operations, 22.8 hours at 62 TFLOP/s, 20 % of an A100's bf16 peak or 6 % of
+# an H100's; the rest is for the scores. That rate is assumed, not measured: `plan day` measures it.
+day() {
+    paper
+    TABLES="fig6 table1 table5 table2 fig8" BEYOND="" ROOT=runs/day DATASETS=cifar10
+    STEPS=24000 FULL="heun 18" DDIM=50 N=10000 N_FEWER=10000 N_ATTACK=10000 ATTACK_STEPS=20
+    TRAIN="--sample-every 4000 --lr 2e-4 --ema 0.999 --precondition --weighting edm --amp"
+    REGULARISED="--reg-share 0.25" SAMPLE="--batch 500 --amp" ATTACK="--iters 3 --eot 2"
+    ABOUT="CIFAR-10, $STEPS steps a model: a day of one GPU"
+}
+
 dry() {
     paper
+    TABLES="$TABLES dry_day"
+    shorten
+}
+
+# What makes commands short is appended to theirs: the last of two equal flags counts.
+shorten() {
     ROOT=runs/dry DATA=runs/dry/data SIZE=16 STEPS=2 TUNE=1 N=2 N_FEWER=2 N_ATTACK=2
-    TRAIN="--sample-every 50000 --channels 32 --res-blocks 1 --mult 1,1 --attn 8 --heads 2 --timesteps 25"
-    TRAIN="$TRAIN --batch $((4 * GPUS_PER_MODEL))" SAMPLE="--batch 500 --steps 2" LARGE_SAMPLE="--batch 64 --steps 2"
-    ATTACK="--iters 2 --eot 2"
+    TRAIN="$TRAIN --channels 32 --res-blocks 1 --mult 1,1 --attn 8 --heads 2 --timesteps 25"
+    TRAIN="$TRAIN --batch $((4 * GPUS_PER_MODEL))" SAMPLE="$SAMPLE --steps 2" LARGE_SAMPLE="$LARGE_SAMPLE --steps 2"
+    ATTACK="$ATTACK --iters 2 --eot 2"
     FEATURES="--features pixels" METRIC=fd-pixels TOY="--steps 2 --seeds 1 --num-samples 64" TOY_SWEEP=$TOY
     ABOUT="two steps a model"
     export CIFAR10=$ROOT/images CELEBA=$ROOT/images LSUN_BEDROOM=$ROOT/images IMAGENET64=$ROOT/images
@@ -71,7 +92,7 @@ dry() {
 # What the method does, to be seen, the first thing that quick makes: noisy images, and those of two models.
 pictures() {
     local method
-    SIZE=16 STEPS=400 FULL=100 N=200
+    SIZE=16 STEPS=400 FULL="ddpm 100" N=200
     TRAIN="--preset small --batch 32 --lr 2e-3 --ema 0.99 --precondition --weighting edm --sample-every 100"
     for method in ddpm adv; do one shapes $method 0.9 0.2 seed0 --seed 0; done
 }
@@ -118,8 +139,8 @@ fig6() {
     if [ "$FEW" ]; then MAIN=shapes SHAPES=$FEW DATA=$ROOT/$FEW-images STEPS=1200; fi
     for method in ddpm adv; do
         one "$MAIN" $method 0 0 seed0 --seed 0
-        stage "$RUN/ddpm-$FULL.npz.memorize.json" "$PYTHON" memorize.py "$RUN/ddpm-$FULL.npz" --data "$MAIN" \
-            --data-dir "$DATA" $FEATURES
+        stage "$RUN/${FULL/ /-}.npz.memorize.json" "$PYTHON" memorize.py "$RUN/${FULL/ /-}.npz" \
+            --data "$MAIN" --data-dir "$DATA" $FEATURES
     done
 }
 
@@ -133,7 +154,7 @@ fig7() {
 fig8() {
     for method in ddpm adv; do
         model "$MAIN" $method 0 0 seed0 --seed 0
-        samples ddpm "$FULL"
+        samples $FULL
         attacked fgsm 0
         for attack in fgsm pgd "pgd --as-printed" eot "eot --as-printed" noise drift; do
             for percent in 25 50 75 100; do attacked "$attack" $percent; done
@@ -155,6 +176,15 @@ table5() {
         for flags in oracle conf1 conf2; do one "$MAIN" ambient $noise $flags --flags $flags; done
         pair "$MAIN" $noise
     done
+}
+
+# In dry: the commands of `day`, as short, in a folder of their own.
+dry_day() {
+    local table
+    day
+    shorten
+    ROOT=$ROOT/day
+    for table in $TABLES; do "$table"; done
 }
 
 # Beyond the paper: quality against the evaluations that a sampler takes.
@@ -308,8 +338,8 @@ judge() {
     fi
 }
 
-# one, as model: a model, its samples by DDPM, their score
-one() { model "$@"; samples ddpm "$FULL"; judge; }
+# one, as model: a model, its samples, their score
+one() { model "$@"; samples $FULL; judge; }
 
 # seeds DATA METHOD P SIGMA: one for every seed
 seeds() {
@@ -323,7 +353,7 @@ pair() {
     for seed in $SEEDS; do
         for method in ddpm adv; do
             model "$1" $method "$2" "$3" "seed$seed" --seed "$seed"
-            samples ddpm "$FULL"
+            samples $FULL
             samples ddim "$DDIM"
             judge
         done
@@ -507,9 +537,9 @@ GPUS_PER_MODEL=${GPUS_PER_MODEL:-1}
 SCALE=${1:-}
 case "$SCALE" in
     "" | test) ;;
-    quick | paper | dry) "$SCALE" ;;
+    quick | day | paper | dry) "$SCALE" ;;
     -h | --help) sed -n '2,/^$/s/^# \{0,1\}//p' run_all.sh; exit ;;
-    *) fail "'$SCALE' is not known; it is: bash run_all.sh [list|plan] [quick|paper|dry|test] [TABLES]" ;;
+    *) fail "'$SCALE' is not known; it is: bash run_all.sh [list|plan] [quick|day|paper|dry|test] [TABLES]" ;;
 esac
 for table in "${@:2}"; do
     case " ${TABLES:-} ${BEYOND:-} " in
@@ -547,7 +577,7 @@ if [ -z "$SCALE" ]; then SCALE=$(if [ "$GPUS" = 0 ]; then echo quick; else echo 
 if [ -z "${LANES:-}" ]; then
     cores=$(getconf _NPROCESSORS_ONLN)
     LANES=$((cores < 8 ? cores : 8))
-    if [ "$SCALE" = paper ]; then LANES=$((GPUS < GPUS_PER_MODEL ? 1 : GPUS / GPUS_PER_MODEL)); fi
+    if [ "$SCALE" = paper ] || [ "$SCALE" = day ]; then LANES=$((GPUS < GPUS_PER_MODEL ? 1 : GPUS / GPUS_PER_MODEL)); fi
 fi
 if [ "$LANES" -gt 1 ]; then export OMP_NUM_THREADS=1; fi
 "$SCALE"

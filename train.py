@@ -291,20 +291,23 @@ class Trainer:
         """The EMA as a state dict."""
         return dict(zip((name for name, _ in self.model.named_parameters()), self.ema))
 
-    def grid(self, path):
-        """Draws GRID samples of the EMA weights into a PNG: 50 DDIM steps, the same seeds every time."""
+    def grid(self):
+        """GRID samples of the EMA weights, uint8 [GRID, H, W, C]: 50 DDIM steps, the same seeds every time.
+        Every process draws its share: while one drew all, the others could wait until their time is out."""
         self.model.eval()
+        rank, world = self.process.rank, self.process.world
         data, network, device = self.config["data"], self.config["network"], self.process.device
         shape = network["in_channels"], network["size"], network["size"]
-        noise = image_noise("sample", 0, range(GRID), shape, device)
+        noise = image_noise("sample", 0, range(rank % GRID, GRID, world), shape, device)
         schedule = Schedule.named(**self.config["process"]).respaced(min(50, len(self.schedule))).to(device)
 
         def averaged(x, t):
             return torch.func.functional_call(self.model, self.ema_weights(), (x, t))
 
         images = sample(averaged, schedule, noise, "ddim", clamp=(data["low"], data["high"]))
-        save_grid(as_bytes(images.permute(0, 2, 3, 1).cpu().numpy()), path)
         self.model.train()
+        shares = gather(together(lambda: as_bytes(images.permute(0, 2, 3, 1).cpu().numpy())))
+        return np.stack([shares[k % world][k // world] for k in range(GRID)])
 
     def state(self):
         """What a checkpoint holds."""
@@ -442,19 +445,25 @@ def resolutions(network):
     return [network["size"] >> level for level in range(len(network["mult"]))]
 
 
+def from_flags(args, size, channels, sigma_data):
+    """The network, of images of this size and so many channels, and the process, by the flags and, where
+    these are silent, by preset."""
+    network = dict(size=size, in_channels=channels, learn_sigma=False, scale_shift=True,
+                   sigma_data=sigma_data)
+    process = dict(schedule="linear", timesteps=1000)
+    return network | PRESETS[args.network] | given(args, *NETWORK), process | given(args, *PROCESS)
+
+
 def configuration(args, images, start, resume):
     """The run as plain values in four groups: what a checkpoint says of itself. start: the checkpoint of
     --init, whose network and process the flags may only agree with, or, to `resume`, the run's own; or
     None."""
-    chosen = dict(PRESETS[args.preset] if args.preset else {}, **given(args, *NETWORK))
-    if args.precondition:
-        chosen["sigma_data"] = sigma_data_of(args, images)
-    network = dict(size=images.size, in_channels=images.shape[0], learn_sigma=False, scale_shift=True,
-                   sigma_data=None)
-    network |= PRESETS[args.network] | chosen
-    process = dict(schedule="linear", timesteps=1000) | given(args, *PROCESS)
+    sigma_data = sigma_data_of(args, images) if args.precondition else None
+    network, process = from_flags(args, images.size, images.shape[0], sigma_data)
     if args.init:
-        chosen["size"] = images.size
+        chosen = dict(PRESETS[args.preset] if args.preset else {}, **given(args, *NETWORK), size=images.size)
+        if sigma_data:
+            chosen["sigma_data"] = sigma_data
         if "config" in start:
             from_file, process_from_file = start["config"]["network"], start["config"]["process"]
         else:
@@ -691,11 +700,12 @@ def grid_is_due(args, step):
 
 
 def draw_grid(args, trainer, log):
-    """Says in the log that there is a sample grid of the step that the training is at, and writes it: where
-    the picture is, the step's checkpoint and line are too. run_all.sh takes the last one for the run's end.
-    """
-    log.record(step=trainer.step, event="grid", file=grid_name(trainer.step))
-    trainer.grid(args.out / grid_name(trainer.step))
+    """Says in the log that there is a sample grid of the step that the training is at, draws it in all
+    processes, and writes it: where the picture is, the step's checkpoint and line are too. run_all.sh takes
+    the last one for the run's end."""
+    together(lambda: log.record(step=trainer.step, event="grid", file=grid_name(trainer.step)))
+    images = trainer.grid()
+    together(lambda: log.first and save_grid(images, args.out / grid_name(trainer.step)))
 
 
 def run(args, trainer, images, assumed, log):
@@ -755,7 +765,7 @@ def run(args, trainer, images, assumed, log):
         if saving:
             together(lambda: log.first and save_checkpoint(checkpoint, trainer.state()))
         if drawing:
-            together(lambda: log.first and draw_grid(args, trainer, log))
+            draw_grid(args, trainer, log)
         if stopping:
             log.say(f"\nstopped by a signal after step {step}: saved {checkpoint}; the same command goes on")
             sys.exit(128 + (stop or [signal.SIGTERM])[0])
@@ -810,7 +820,7 @@ def main(argv=None):
         assumed = assumed_noise(images, args.flags, args.sigma_known) if args.method == "ambient" else None
         log = together(lambda: Log(args.out / "log.jsonl", trainer.step, first))
         if drawing:
-            together(lambda: first and draw_grid(args, trainer, log))
+            draw_grid(args, trainer, log)
         if finished:
             log.say(f"made {args.out / grid_name(trainer.step)}: all else was there")
             return

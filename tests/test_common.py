@@ -39,6 +39,25 @@ def signals():
         signal.signal(number, answer)
 
 
+@pytest.mark.parametrize("end, status", [(None, 0), (UserError("--p"), 2), (KeyboardInterrupt(), 130)])
+def test_the_group_of_processes_is_closed(end, status, monkeypatch, signals):
+    """Catches a group that is left open, however a script ends, and the interpreter's own end after it."""
+    left = []
+
+    def main():
+        common.dist.init_process_group("gloo", store=common.dist.HashStore(), rank=0, world_size=1)
+        if end:
+            raise end
+    monkeypatch.setattr(common.os, "_exit", left.append)
+    try:
+        with pytest.raises(SystemExit):
+            common.command_line(main)
+        assert left == [status] and not common.dist.is_initialized()
+    finally:
+        if common.dist.is_initialized():
+            common.dist.destroy_process_group()
+
+
 def test_command_line(monkeypatch, capsys, signals):
     """Catches a traceback for a user's mistake or another process's end, a wrong exit status, a mistake that
     all of torchrun's processes print or, where only one met it, none, and a variable left behind that makes

@@ -348,6 +348,36 @@ def test_attacks(tmp_path):
     assert claims[name] == ("110, 35.0, 120, 45.0", "cannot show: within the deviations")      # 75 each
 
 
+def test_heun_in_the_place_of_ddpm(tmp_path):
+    """Catches tables that stay empty, or mix the two, where most models have Heun's samples and a few DDPM's
+    as well; Heun's samples in tables of models that have DDPM's; and a caption that does not say."""
+    runs = tmp_path / "runs"
+    for method, base in (("ddpm", 20.0), ("adv", 10.0)):
+        for sigma in (0.0, 0.1, 0.2):
+            run, config = runs / f"{method}-{sigma}", configuration(method, 0.9 if sigma else 0.0, sigma)
+            made = dict(samples="heun-18", sampler="heun", steps=18)
+            write_score(run, config, **made, **exact(base + 10 * sigma, 1))
+            write_score(run, config, "ddim-50", "ddim", 50, **exact(base + 30, 1))
+            write_score(run, config, "heun-9", "heun", 9, **exact(90 + sigma, 1))
+            for steps in (300, 500, 1000) if not sigma else ():
+                write_score(run, config, f"ddpm-{steps}", steps=steps, **exact(base + 40 + steps / 100, 1))
+    text, claims = write_report(runs)
+    table = section(text, "Table 2")
+    assert cells(table, "clean", "DDPM", "DDPM")[0] == "20.0 / 1.00"
+    assert cells(table, "90 % with σ 0.2", "DDPM", "Robust_adv")[0] == "12.0 / 1.00"
+    assert cells(table, "90 % with σ 0.2", "DDIM", "Robust_adv")[0] == "40.0 / 1.00"
+    assert claims[BEATS, f"{SUBSPACE}, FD-exact"][0] == "12.0, 22.0"
+    said = "Heun's sampling takes the place of DDPM's."
+    assert "Heun 18 steps, DDIM 50 steps; 1 seed(s). " + said in table
+    fewer = section(text, "Table 1, bottom")
+    assert cells(fewer, "300", "Robust_adv")[0] == "53.0 / 1.00" and said not in fewer
+    for method, sigma in ((m, s) for m in ("ddpm", "adv") for s in (0.0, 0.1, 0.2)):
+        config = configuration(method, 0.9 if sigma else 0.0, sigma)
+        write_score(runs / f"{method}-{sigma}", config, **exact(7.0, 1))
+    table = section(write_report(runs)[0], "Table 2")       # now as many models have DDPM's
+    assert cells(table, "clean", "DDPM", "DDPM")[0] == "7.00 / 1.00" and said not in table
+
+
 def write_benchmark(folder, seconds, **settings):
     """benchmark.json as train.py --benchmark leaves it. seconds: of a step of ddpm, ran, adv."""
     folder.mkdir(parents=True, exist_ok=True)

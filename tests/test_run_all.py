@@ -139,7 +139,7 @@ def parsed(command, monkeypatch):
 
 
 @pytest.mark.parametrize("asked, chains", [
-    ("quick", 40), ("paper", 50), ("quick theory speed evaluations real", 65), ("dry", 50)])
+    ("quick", 40), ("day", 18), ("paper", 50), ("quick theory speed evaluations real", 65), ("dry", 68)])
 def test_commands_are_what_the_scripts_take(kit, monkeypatch, asked, chains):
     """Catches a flag that a script does not know or refuses, a command or a score twice in a chain, a chain
     without its data, a stage before the model or the samples that it needs, and an attack whose percentage is
@@ -149,6 +149,8 @@ def test_commands_are_what_the_scripts_take(kit, monkeypatch, asked, chains):
     every = {"data.py", "train.py", "sample.py", "attack.py", "fid.py", "memorize.py", "toy3d.py"}
     if "speed" in asked:
         every -= {"attack.py", "memorize.py", "toy3d.py"}
+    if asked == "day":
+        every -= {"toy3d.py"}
     assert len(listed) >= chains and scripts == every
     for chain in listed:
         assert len(set(chain)) == len(chain)
@@ -170,6 +172,22 @@ def test_commands_are_what_the_scripts_take(kit, monkeypatch, asked, chains):
                 assert sampled >= set(judged) and len(set(judged)) == len(judged)
             elif script == "memorize.py":
                 assert args.samples in sampled
+
+
+def test_dry_runs_the_commands_of_day(kit):
+    """Catches a command, a sampler or a flag of the day that dry does not try, and its runs among dry's."""
+    def flags(command):
+        return set(re.findall(r"--(\S+)(?: (?!--)(\S+))?", command))
+
+    day, dry = kit.listed("day"), kit.listed("dry", "dry_day")
+    commands = [pair for chains in zip(day, dry, strict=True) for pair in zip(*chains, strict=True)]
+    shortened = {"size", "steps", "num-samples", "data-dir", "out"}
+    for long, short in commands:
+        own = {flag for flag, _ in flags(long) - flags(short)}
+        assert long.split()[0] == short.split()[0] and own <= shortened, (long, short)
+        assert short.startswith("data.py") or "runs/dry/day/cifar10/" in short
+    assert len(commands) > 150 and any("--sampler heun" in long for long, _ in commands)
+    assert all("--sampler ddpm" not in long or re.search("/(ddpm|adv)-p0-s0-", long) for long, _ in commands)
 
 
 def test_torchrun_takes_the_commands(kit):
@@ -295,16 +313,16 @@ def test_a_folder_that_cannot_be_made(kit):
     assert re.fullmatch("run_all.sh quick.*\nrun_all.sh: error: mkdir: .*\n", printed), printed
 
 
-@pytest.mark.parametrize("environment, expected", [
-    (dict(GPUS="3"), {"0", "1", "2"}), (dict(GPUS="4", GPUS_PER_MODEL="2"), {"0,1", "2,3"}),
-    (dict(GPUS="2", CUDA_VISIBLE_DEVICES="5,7"), {"5", "7"}), (dict(GPUS="1"), {"0"}),
-    (dict(GPUS="0"), {""})])
-def test_every_chain_has_its_gpus(kit, environment, expected):
+@pytest.mark.parametrize("scale, environment, expected", [
+    ("day", dict(GPUS="3"), {"0", "1", "2"}), ("paper", dict(GPUS="4", GPUS_PER_MODEL="2"), {"0,1", "2,3"}),
+    ("paper", dict(GPUS="2", CUDA_VISIBLE_DEVICES="5,7"), {"5", "7"}), ("paper", dict(GPUS="1"), {"0"}),
+    ("paper", dict(GPUS="0"), {""})])
+def test_every_chain_has_its_gpus(kit, scale, environment, expected):
     """Catches lanes that share a GPU while another idles, ones beyond what CUDA_VISIBLE_DEVICES allows."""
     environment = dict(CUDA_VISIBLE_DEVICES="", LANES="", SLOW="train.py") | environment
     if environment["CUDA_VISIBLE_DEVICES"] == "":
         del environment["CUDA_VISIBLE_DEVICES"]
-    process = kit.start("paper", "table1", **environment)
+    process = kit.start(scale, "table1", **environment)
     kit.wait_for(len(expected))
     process.send_signal(signal.SIGTERM)
     printed, _ = process.communicate(timeout=20)
@@ -378,7 +396,7 @@ PLANNED = [                                                 # counted by hand: p
     ("train.py --size 8 --method adv --steps 10 --batch 8 --reg-share 0.25 --out r", 10 * 8 * (3 + 5 / 4)),
     ("train.py --size 8 --method ran --steps 10 --batch 8 --out ran", 10 * 8 * 6),
     ("sample.py r --num-samples 10 --steps 100 --out a.npz", 10 * 100),
-    ("sample.py r --num-samples 10 --out a.npz", 10 * 1000),
+    ("sample.py r --num-samples 10 --amp --out a.npz", 10 * 1000),
     ("sample.py r --num-samples 10 --sampler heun --out a.npz", 10 * 35),
     # Undisturbed and control run beside; an attacked step costs 2 passes and a gradient of 2 besides.
     ("attack.py r --attack fgsm --steps-attacked 50% --steps 10 --num-samples 3 --out a.npz",
@@ -398,6 +416,7 @@ def test_plan_counts_passes(tmp_path, monkeypatch, capsys):
     work = plan.work_of(["one\tx\tpython fid.py a.npz\n", *lines], torch.device("cpu"))
     assert [each["passes"] for each in work] == [passes for _, passes in PLANNED]
     assert [each["done"] for each in work] == [k == 1 for k in range(len(PLANNED))]
+    assert [each["key"][1] for each in work] == ["--amp" in command for command, _ in PLANNED]
     network = unet.UNet(size=8, in_channels=3, learn_sigma=False, scale_shift=True, **unet.PRESETS["small"])
     assert work[0]["bytes"] == 2 * 4 * 4 * sum(p.numel() for p in network.parameters())
     monkeypatch.setattr(plan, "speeds", lambda *_: (1e9, 2e9))      # of arithmetic a second
@@ -413,17 +432,19 @@ def test_plan_counts_passes(tmp_path, monkeypatch, capsys):
         plan.work_of(["one\tx\tpython train.py --no-such-flag 1\n"], torch.device("cpu"))
 
 
-@pytest.mark.parametrize("seconds, images", [(0.6, 1), (0.1, 8)])
-def test_plan_speed_is_of_all_images(seconds, images, monkeypatch):
-    """Catches a speed that forgets the images or the backward pass, and batches larger than the command's."""
+@pytest.mark.parametrize("seconds, images, amp", [(0.6, 1, True), (0.1, 8, False)])
+def test_plan_speed_is_of_all_images(seconds, images, amp, monkeypatch):
+    """Catches a speed that forgets the images or the backward pass, batches larger than the command's, and
+    another precision than asked for."""
     args = plan.train.arguments("--size 8 --batch 11 --method adv --reg-share 1".split())
     seen, forward = [], unet.UNet.forward
 
     def counted(self, x, t):
         seen.append(len(x))
+        assert torch.is_autocast_enabled("cpu") == amp
         return forward(self, x, t)
     monkeypatch.setattr(unet.UNet, "forward", counted)
     monkeypatch.setattr(plan, "seconds_of", lambda work, device: [work(), seconds][1])
-    found = plan.speeds(plan.configured(args), 1e9, 11, common.start_processes(join=False))
+    found = plan.speeds(plan.configured(args), 1e9, 11, amp, common.start_processes(join=False))
     assert found == pytest.approx((3e9 * images / seconds, 1e9 * images / seconds))
     assert max(seen) == seen[-1] == images

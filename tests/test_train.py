@@ -178,10 +178,10 @@ def test_a_killed_run_gets_the_grids_that_it_lacks(shapes, trained, tmp_path, mo
                 raise KeyboardInterrupt
             record(self, **values)
 
-        def no_picture(self, path):
+        def no_picture(self):
             if self.step == step:
                 raise KeyboardInterrupt
-            grid(self, path)
+            return grid(self)
 
         for thing, name, killed in ((train.Log, "record", no_line), (train.Trainer, "grid", no_picture)):
             with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
@@ -268,13 +268,14 @@ def test_a_loss_that_is_not_finite_stops_the_run(shapes, trained, tmp_path, monk
 # --------------------------------------------------------------------------------- processes and microbatches
 
 @pytest.mark.parametrize("name", list(LIKE_ONE))
-def test_two_processes_and_microbatches_train_alike(name, shapes, tmp_path, two_processes):
+def test_two_processes_and_microbatches_train_alike(name, shapes, tmp_path, monkeypatch, two_processes):
     """The model of one process, of two and of microbatches of 3, up to rounding. Catches rows trained twice
-    or never, a gradient averaged where it should be summed, dependence of the draws on the rank, and a part
-    without its share."""
+    or never, a gradient averaged where it should be summed, dependence of the draws on the rank, a part
+    without its share, and a sample grid put together wrongly."""
     folder, results = two_processes
     assert results[f"train-{name}"] == ["ok", "ok"]
     argv = like_one(shapes, tmp_path / "one", name)
+    monkeypatch.setattr(train, "GRID", 36)                  # as the two have it
     train.main(argv)
     train.main([*argv, "--microbatch", "3", "--out", str(tmp_path / "micro")])
     one = tensors(tmp_path / "one")
@@ -287,6 +288,40 @@ def test_two_processes_and_microbatches_train_alike(name, shapes, tmp_path, two_
             assert found["reg"] == pytest.approx(expected["reg"], rel=1e-2)     # a sign of almost 0 can flip
     log = log_of(folder / f"train-{name}")                  # written by one of the two
     assert log[0]["world"] == 2 and [line.get("event") for line in log] == ["start", None, None, None, "grid"]
+    pictures = [np.asarray(Image.open(out / train.grid_name(3)), int) for out in (folder / f"train-{name}",
+                                                                                  tmp_path / "one")]
+    assert pictures[0].shape == pictures[1].shape == (58, 58, 3)
+    assert np.abs(pictures[0] - pictures[1]).max() <= 2
+
+
+@pytest.mark.parametrize("rank, world, drawn", [(0, 1, [0, 1, 2, 3]), (1, 3, [1]), (5, 6, [1])])
+def test_a_process_draws_its_share_of_a_grid(rank, world, drawn, trained, monkeypatch):
+    """Catches one that draws all of it while the others wait, until their time is out, and one of so many
+    that there is no image for it, which must not fail."""
+    asked, real = [], train.image_noise
+
+    def noise(purpose, seed, indices, *more):
+        asked.extend(indices)
+        return real(purpose, seed, indices, *more)
+    monkeypatch.setattr(train, "image_noise", noise)
+    # The first of three has two images.
+    monkeypatch.setattr(train, "gather", lambda share: [share.repeat(2 if world == 3 else 1, 0)] * world)
+    process = SimpleNamespace(rank=rank, world=world, device=torch.device("cpu"))
+    trainer = train.Trainer(load_checkpoint(trained)["config"], None, False, process)
+    assert trainer.grid().shape == (4, 8, 8, 3) and asked == drawn
+
+
+def test_the_losses_are_not_part_of_the_gradients(monkeypatch):
+    """One sum over the processes, of gradients and losses. Catches losses that are views of it: a run that
+    holds one holds an array as large as all gradients."""
+    parameter = torch.zeros(3, 2)
+    parameter.grad = torch.arange(6.0).view(3, 2)
+    monkeypatch.setattr(train.dist, "all_reduce", lambda flat: flat.mul_(2))
+    losses = train.Trainer.sum_over_processes(
+        SimpleNamespace(parameters=[parameter]), dict(ddpm=torch.tensor(7.0), reg=torch.tensor(8.0)))
+    assert losses == dict(ddpm=14, reg=16)
+    assert torch.equal(parameter.grad, 2 * torch.arange(6.0).view(3, 2))
+    assert [loss.untyped_storage().nbytes() for loss in losses.values()] == [4, 4]
 
 
 def test_processes_with_different_commands_stop(two_processes):
