@@ -9,20 +9,22 @@ is at the optimum of Eq. 6, and advises which to train with; draws the deviation
 data keeps.
 
 It takes the images for draws of a Gaussian with their covariance, all of them noisy (p = 1), the network for
-the best one that is linear in x_t, the gradient's signs for those of the random start, and the sampler for
-Eq. 4 with all of 1000 steps. Images differ: x0 is clamped to [-1, 1]; a network can tell an edge from noise
-where a Gaussian has only variances, and clean images among noisy ones (p < 1) from these; and the longer it
-trains, the more its adversary spares what is strong. More detail may stay than is said here.
+the best one that is linear in x_t, directions whose variances are within 10 % for alike (see `optimum`), and
+the sampler for Eq. 4 with all of 1000 steps. Images differ: x0 is clamped to [-1, 1]; a network can tell an
+edge from noise where a Gaussian has only variances, and clean images among noisy ones (p < 1) from these.
+More detail may stay than is said here.
 """
 
 import common                                               # first: it answers Ctrl-C while others load
 
+import itertools
 import math
 import time
 from pathlib import Path
 
 import numpy as np
 from scipy.fft import dctn
+from scipy.optimize import brentq
 from scipy.special import gammaln, ndtr
 
 from common import (POSITIVE, UserError, check_out, check_ranges, command_line, noise_estimate, parser_of,
@@ -33,9 +35,8 @@ from unet import Schedule
 MEAN_1_BETA = math.log(4) / 1.5                             # E[1 / beta], beta ~ U[0.5, 2]
 STEP = 1 / math.sqrt(3)                                     # Eq. 8's, in units of the radius r
 FACTOR = 3 * ((1 - STEP**3) / 3 + STEP)                     # 3 E[min(u + STEP, 1)^2], u ~ U[0, 1]: 2.540
-LAMBDAS, OMEGAS = (0.05, 0.1, 0.2, 0.3, 0.5, 1.0), (1.0, 2.0, 4.0, 8.0)
+LAMBDAS, OMEGAS = (0.1, 0.2, 0.3, 0.5, 1.0), (1.0, 2.0, 4.0, 8.0)
 SIGMAS = (0.05, 0.1, 0.2)               # where the noise is not known
-DEVIATIONS = np.geomspace(1e-3, 300, 300)       # of directions: what a curve is known at
 LARGEST, FLOATS = 3072, 1 << 25         # values of an image for an exact PCA, and values that are read
 MAX_T = 100_000                                             # timesteps that a protocol may claim
 
@@ -67,8 +68,7 @@ def gains(schedule, V, S, method="adv"):
 
     With a = sqrt(alpha_bar), s = sqrt(1 - alpha_bar): Eq. 6 is E|A x_t - eps|^2 + E[lambda_t |(s A - I)
     delta|^2], its gradient A (a^2 V + s^2 I) - s I + (s A - I) s S. In Eq. 14 (`inv`) the last term is
-    s^2 A S. Over all functions the minimiser of Eq. 6 is not quite linear: by at most 3 % (`ran`) and 6 %
-    (`adv`) of what it adds to x_t / s, where delta is as wide as x_t; its gain is within 1.3 % of this one.
+    s^2 A S. Over all functions the minimiser of Eq. 6 is not quite linear; its gain is within 1.3 % of this.
     """
     a2, s = (table.numpy().reshape(-1, *[1] * V.ndim)
              for table in (schedule.alpha_bar, schedule.sqrt_one_minus_alpha_bar))
@@ -91,8 +91,7 @@ def optimum(schedule, V, weights=None, method="adv", **regulariser):
     for _ in range(50 if method in ("adv", "inv") else 0):
         A = gains(schedule, V, S, method)
         new = c * (signs_of_many(A, weights) if V.ndim == 1 else signs_of_few(A))
-        done = (np.abs(new - S) < 2e-3 * (1 + np.abs(S))).all()
-        S = (S + new) / 2                                   # damped by a half, or they can alternate
+        done, S = (np.abs(new - S) < 2e-3 * (1 + np.abs(S))).all(), new
         if done:
             break
     return gains(schedule, V, S, method)
@@ -263,42 +262,38 @@ def spectrum(images):
     return variances, f"{how} of {count:,} of the {len(images):,} images", noise
 
 
-def deviation_kept(schedule, deviations, method="adv", **regulariser):
-    """Of directions of the training data with these deviations [n]: the samples' deviations over them [n]."""
-    c = shrinkage(schedule, method, **regulariser)[:, None]
-    return np.sqrt(sampled_covariance(schedule, gains(schedule, deviations**2, c))) / deviations
+def deviation_kept(schedule, V, method="adv", **regulariser):
+    """Of the directions of training data with variances V [D], ascending: the samples' deviations over them
+    [D]. Directions whose variances are within 10 % are taken for alike, and between such kinds it is
+    interpolated."""
+    _, kind, count = np.unique(np.floor(10 * np.log(V / V[0])), return_inverse=True, return_counts=True)
+    mean = np.bincount(kind, V) / count                                             # [kinds]
+    A = optimum(schedule, mean, count, method, **regulariser)
+    return np.interp(np.log(V), np.log(mean), np.sqrt(sampled_covariance(schedule, A) / mean))
 
 
-def outcome(curve, signal, sigma):
-    """What a method with this curve, `deviation_kept` at DEVIATIONS, makes of directions with the variances
-    signal [D] and noise of deviation sigma -> dict.
+def outcome(kept, signal, sigma):
+    """What it means to keep these shares [D] of the deviations of directions with variances signal [D],
+    ascending, and noise of deviation sigma in each -> dict.
 
-    `left`: the share of the noise's deviation that stays where there is nothing else. `half`: the deviation
-    of the weakest direction that keeps half of it. `kept`: the signal's variance that is kept, over all (of
-    what a direction keeps, the signal's part is that in the data). `fd`: the Frechet distance of the samples'
-    Gaussian to the signal's.
+    `left`: of the noise's deviation, in the weakest direction. `half`: the weakest signal, as a deviation, in
+    a direction that keeps half. `kept`: the signal's variance that is kept, over all (of what a direction
+    keeps, the signal's part is that in the data; fid.py's variance kept has the noise's part with it). `fd`:
+    the Frechet distance of the samples' Gaussian to the signal's.
     """
-    def share(variance):
-        return np.interp(0.5 * np.log(variance), np.log(DEVIATIONS), curve)
-
-    V = signal + sigma**2
-    return dict(left=share(sigma**2), half=DEVIATIONS[(curve >= 0.5).argmax()],
-                kept=(signal * share(V)**2).sum() / signal.sum(),
-                fd=((share(V) * np.sqrt(V) - np.sqrt(signal))**2).sum())
+    half = math.sqrt(signal[(kept >= 0.5).argmax()]) if kept.max() >= 0.5 else math.inf
+    return dict(left=kept[0], half=half, kept=(signal * kept**2).sum() / signal.sum(),
+                fd=((kept * np.sqrt(signal + sigma**2) - np.sqrt(signal))**2).sum())
 
 
-def lambda_that_leaves(schedule, leave, sigma, omega):
-    """The lambda at which this share of the noise's deviation stays, to 0.5 %; None outside 0.001 to 100."""
-    def left(lam):
-        return deviation_kept(schedule, np.array([sigma]), lam=lam, omega=omega)[0]
+def lambda_that_leaves(schedule, leave, V, omega):
+    """The lambda with which the weakest direction keeps this share of its deviation, to 0.5 %; None outside
+    0.001 to 100."""
+    def excess(log_lam):
+        return deviation_kept(schedule, V, lam=math.exp(log_lam), omega=omega)[0] - leave
 
-    low, high = 1e-3, 100.0
-    if not left(high) <= leave <= left(low):
-        return None
-    while high > 1.005 * low:
-        middle = math.sqrt(low * high)
-        low, high = (middle, high) if left(middle) > leave else (low, middle)
-    return high
+    low, high = math.log(1e-3), math.log(100)
+    return math.exp(brentq(excess, low, high, xtol=5e-3)) if excess(low) > 0 > excess(high) else None
 
 
 # ------------------------------------------------------------------------------------------- the command line
@@ -318,22 +313,22 @@ def advice(args, sigma, found):
     return "\n".join([f"{wanted}, best is {best}:", command, *(f"  then {each}" for each in others)])
 
 
-def draw(path, plt, title, signal, sigmas, curves):
-    """Deviation kept against a direction's deviation: {label: `deviation_kept` at DEVIATIONS}, the data's
-    spectrum behind, and lines at the noise's deviations. -> the path."""
+def draw(path, plt, title, signal, sigma, curves):
+    """Deviation kept against a direction's deviation in the clean data: {label: `deviation_kept`}, the data's
+    spectrum behind, and a line at the noise's deviation. -> the path."""
     figure, ax = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
     behind, low, high = ax.twinx(), 0.01, max(3, 1.01 * math.sqrt(signal[-1]))
-    behind.hist(np.sqrt(signal).clip(low), np.geomspace(low, high, 40), color="0.85")
+    deviations = np.sqrt(signal).clip(low)
+    behind.hist(deviations, np.geomspace(low, high, 40), color="0.85")
     behind.set(ylabel=f"the clean data's directions (grey; all below {low} at {low})")
     ax.set_zorder(1)                                        # before the spectrum
     ax.patch.set_visible(False)
     colours = ["black", *plt.cm.viridis(np.linspace(0, 0.9, len(curves) - 1))]
     for (label, curve), colour in zip(curves.items(), colours):
-        ax.plot(DEVIATIONS, curve, color=colour, label=label, linestyle="--" if "ω" in label else "-")
-    for k, sigma in enumerate(sigmas):
-        ax.axvline(sigma, color="#D55E00", linestyle=":", label=None if k else "noise")
-    ax.set(xscale="log", xlim=(low, high), ylim=(0, 1.1), ylabel="share of it in the samples", title=title,
-           xlabel="deviation of a direction in the training data")
+        ax.plot(deviations, curve, color=colour, label=label, linestyle="--" if "ω" in label else "-")
+    ax.axvline(sigma, color="#D55E00", linestyle=":", label="the noise")
+    ax.set(xscale="log", xlim=(low, high), ylim=(0, 1.1), xlabel="deviation of a direction in the clean data",
+           ylabel="share of its deviation, noise included, in the samples", title=title)
     ax.legend(fontsize=8, loc="lower right")
     return save_figure(figure, path)
 
@@ -367,43 +362,42 @@ def main(argv=None):
     if args.out.suffix != ".png":
         raise UserError(f"--out {args.out}: the name must end in .png")
     variances, how, noise = spectrum(images)
-    signals = [(variances - sigma**2).clip(0) if args.noisy else variances for sigma in sigmas]
-    if not signals[-1].any():
-        raise UserError(f"--sigma {sigmas[-1]}: no direction of {args.data} varies by as much" + (
-            "; the images cannot have that noise already, as --noisy says" if args.noisy else ""))
+    if not variances.any():
+        raise UserError(f"--data {args.data}: its images do not differ from each other")
+    usual = math.sqrt(np.median(variances))
+    if args.noisy and min(sigmas) > 1.5 * usual:
+        raise UserError(f"--noisy: noise of {min(sigmas):g} would be in every direction, and half of those "
+                        f"of {args.data} have deviations below {usual:.2g}")
     print(f"{args.data} {args.size}x{args.size}: {how}; deviations of its {len(variances):,} directions from "
           f"{math.sqrt(variances[0]):.3g} to\n{math.sqrt(variances[-1]):.3g}; noise estimate {noise:.3f} "
           "(texture counts as noise). Assumed: Gaussian data, all of them noisy (p = 1);\nRobust_adv, its "
-          "best linear network, Eq. 8's signs those of the random start; linear schedule, 1000\nDDPM steps, "
-          "variance large. Images differ, and may keep more detail: see --help\n")
+          "best linear network; linear schedule, 1000 DDPM steps, variance large. Images\ndiffer, and may "
+          "keep more detail: see --help\n")
     schedule = Schedule.named("linear", 1000)
-    curves = {("ddpm", 0.0, 0.0): deviation_kept(schedule, DEVIATIONS, "ddpm")} | {
-        ("adv", lam, omega): deviation_kept(schedule, DEVIATIONS, lam=lam, omega=omega)
-        for omega in OMEGAS for lam in LAMBDAS}
-    for sigma, signal in zip(sigmas, signals):
+    for sigma in [sigma for sigma in sigmas if not args.noisy or sigma <= 1.5 * usual]:
+        signal = (variances - sigma**2).clip(0) if args.noisy else variances
+        V, shown, found = signal + sigma**2, {}, {}
         print(f"{f'noise of {sigma:g}':22}noise left  detail kept   half from  Frechet distance")
-        for (method, lam, omega), curve in curves.items():
-            r = outcome(curve, signal, sigma)
-            name = "DDPM" if method == "ddpm" else f"lambda {lam:<5g} omega {omega:g}"
+        for omega, lam in [(0, 0), *itertools.product(OMEGAS, LAMBDAS)]:
+            kept = deviation_kept(schedule, V, **dict(lam=lam, omega=omega) if lam else dict(method="ddpm"))
+            r, name = outcome(kept, signal, sigma), f"lambda {lam:<5g} omega {omega:g}" if lam else "DDPM"
             print(f"{name:22}{100 * r['left']:8.0f} %{100 * r['kept']:11.1f} %{r['half']:12.2g}"
                   f"{r['fd']:18.3g}")
-        found = {}
+            if omega in (0, 2):
+                shown[f"λ {lam:g}" if lam else "DDPM"] = kept
         for omega in OMEGAS:
-            if lam := lambda_that_leaves(schedule, args.leave, sigma, omega):
-                advised = deviation_kept(schedule, DEVIATIONS, lam=lam, omega=omega)
-                found[lam, omega] = outcome(advised, signal, sigma) | dict(curve=advised)
+            if lam := lambda_that_leaves(schedule, args.leave, V, omega):
+                kept = deviation_kept(schedule, V, lam=lam, omega=omega)
+                found[lam, omega] = outcome(kept, signal, sigma)
+                if omega == OMEGAS[-1]:
+                    shown[f"λ {lam:.2g}, ω {omega:g}"] = kept
         print(advice(args, sigma, found) + "\n")
-    print("noise left: of its deviation, where the images have nothing; detail kept: of the signal's "
-          "variance;\nhalf from: the weakest direction, by its deviation in the training data, that keeps "
-          "half of it;\nFrechet distance: of the pixels' Gaussian, to the clean images'")
+    print("noise left: of its deviation, in the weakest direction; detail kept: of the signal's variance;\n"
+          "half from: the weakest signal, by its deviation, in a direction that keeps half; Frechet\n"
+          "distance: of all pixels' Gaussian, to the clean images' (fid.py's FD-pixels: of 8x8 pixels)")
     if plt := pyplot():
-        shown = {"DDPM" if method == "ddpm" else f"λ {lam:g}": curve for (method, lam, omega), curve in
-                 curves.items() if omega in (0, 2)}
-        for (lam, omega), r in found.items():
-            if omega == OMEGAS[-1]:
-                shown[f"λ {lam:.2g}, ω {omega:g}"] = r["curve"]
-        title = f"{args.data} {args.size}×{args.size}; ω 2, where not said"
-        print(f"made {draw(args.out, plt, title, signals[-1], sigmas, shown)}", end=" ")
+        title = f"{args.data} {args.size}×{args.size}, noise of {sigma:g}; ω 2, where not said"
+        print(f"made {draw(args.out, plt, title, signal, sigma, shown)}", end=" ")
     print(f"in {time.perf_counter() - began:.1f} s")
 
 

@@ -277,6 +277,27 @@ def test_spectrum_of_known_data(tmp_path, count, how):
     assert variances.sum() == pytest.approx(a.var(axis=0).sum(), rel=1e-3)
 
 
+def test_outcome_by_hand():
+    """Every printed number: of directions without signal, with 0.09 and with 4, that keep 1/4, 1/2 and 3/4."""
+    found = gaussian.outcome(np.array([0.25, 0.5, 0.75]), np.array([0.0, 0.09, 4.0]), 0.4)
+    fd = (0.25 * 0.4)**2 + (0.5 * 0.5 - 0.3)**2 + (0.75 * math.sqrt(4.16) - 2)**2
+    assert found == pytest.approx(dict(left=0.25, half=0.3, kept=(0.09 / 4 + 4 * 0.5625) / 4.09, fd=fd))
+
+
+def test_deviation_kept_of_alike_directions():
+    """Where all directions are nearly alike the signs are the start's: 2.54 times random delta's lambda. A
+    strong direction among weak ones is spared, so that it keeps more than that."""
+    def of_start(v):
+        c = gaussian.FACTOR * gaussian.shrinkage(SCHEDULE, "ran")[:, None]
+        C = gaussian.sampled_covariance(SCHEDULE, gaussian.gains(SCHEDULE, np.array([v]), c))
+        return math.sqrt(C[0] / v)
+
+    white = gaussian.deviation_kept(SCHEDULE, np.linspace(0.04, 0.0401, 50))
+    assert white == pytest.approx(np.full(50, of_start(0.04)), rel=2e-3)
+    kept = gaussian.deviation_kept(SCHEDULE, np.append(np.full(50, 0.04), 0.5))
+    assert kept[0] == pytest.approx(of_start(0.04), rel=0.05) and kept[-1] > 1.05 * of_start(0.5)
+
+
 def test_command(shapes, tmp_path, capsys, monkeypatch):
     """The advice's lambda must leave what was asked for, and be a command of train.py."""
     monkeypatch.chdir(tmp_path)
@@ -285,8 +306,10 @@ def test_command(shapes, tmp_path, capsys, monkeypatch):
     told = capsys.readouterr().out
     command = r"python train.py --data shapes --size 8 --p 1 --sigma 0.2 --lam (\S+) --omega (\S+)\n"
     lam, omega = map(float, re.search(command, told).groups())
-    left = gaussian.deviation_kept(SCHEDULE, np.array([0.2]), lam=lam, omega=omega)
-    assert left == pytest.approx(0.25, rel=0.05)
+    V = gaussian.spectrum(Images("shapes", 8, shapes))[0] + 0.2**2
+    assert gaussian.deviation_kept(SCHEDULE, V, lam=lam, omega=omega)[0] == pytest.approx(0.25, rel=0.03)
+    distances = [float(found) for found in re.findall(r"Frechet distance (\S+)\)", told)]
+    assert len(distances) == len(gaussian.OMEGAS) and distances == sorted(distances)
     assert "of the 64 images" in told
     if gaussian.pyplot():
         assert Path("gaussian-shapes-8.png").stat().st_size > 10_000
@@ -295,7 +318,7 @@ def test_command(shapes, tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize("flags, line", [
     ("--sigma 0", "--sigma 0.0: must be positive"),
     ("--leave 0", "--leave 0.0: must be from 0.01 to 1"),
-    ("--sigma 9 --noisy", "--sigma 9.0: no direction of shapes varies by as much; the images cannot have"),
+    ("--sigma 9 --noisy", "--noisy: noise of 9 would be in every direction, and half of those of shapes have"),
     ("--out .", "--out .: is a folder; a file's name is needed"),
     ("--out g.xyz", "--out g.xyz: the name must end in .png"),
     ("--size 16", "shapes-16.npy is not prepared: run python data.py shapes --size 16")])
