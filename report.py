@@ -370,14 +370,15 @@ def table(records, names, labels, rows, numbers=QUALITY):
     for data in [dict(data=name) for name in names if "distance" in numbers]:
         known = [n for n in ("FID", "IS") if any(paper(n, where | data) for where in wheres)]
         theirs += [(data, known)] if known else []
-    exact = [(data, [f"{n}{EXACT}" for n in known]) for data, known in ours]
-    exact = [(data, own) for data, own in exact if any({*own} & {*r} for r in matching(records, data))]
-    header = [f"{whose} ({' / '.join(known)}, {label_of(data)})".replace(EXACT, "")
+    exact = [(data, known) for data, known in ours
+             if any({n + EXACT for n in known} & {*r} for r in matching(records, data))]
+    header = [f"{whose} ({' / '.join(known)}, {label_of(data)})"
               for whose, sets in (("ours", ours), ("closed form", exact), ("paper", theirs))
               for data, known in sets]
     lines = []
     for texts, where in rows:
-        line = [joined(show(cell(records, n, where | data)) for n in known) for data, known in ours + exact]
+        line = [joined(show(pair(records, n, where | data)[k]) for n in known)
+                for k, sets in enumerate((ours, exact)) for data, known in sets]
         line += [joined(plain(paper(n, where | data)) for n in known) for data, known in theirs]
         lines.append([*texts, *line])
         used += [r for data, known in ours for r in matching(records, where | data) if {*known} & {*r}]
@@ -978,8 +979,10 @@ def optimum(results):
               *(f"{n} (closed form)" for n in numbers), "rule"]
     return "The closed form (beyond the paper): how near training is to the method's optimum", (
         f"{scale(found)} {at} of the {len(rows)} are at the optimum (bold: FD-exact within 5 % of its closed "
-        "form, or the seeds' deviation). What is far from it is a training to be mended, no fact about the "
-        f"method.\n\n{markdown(header, rows)}" if rows else "Not measured yet.")
+        "form, or the seeds' deviation). Of adv it is the fixed point of network and adversary; the rule for 0 < "
+        "p < 1: clean and corrupted images are each filtered as their own kind. What is far from it is a "
+        f"training to be mended, no fact about the method.\n\n{markdown(header, rows)}" if rows else
+        "Not measured yet.")
 
 
 def real(results):

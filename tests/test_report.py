@@ -516,6 +516,17 @@ def test_closed_form_beside_what_was_measured(tmp_path):
 
 # ---------------------------------------------------------------------------------------------- pictures
 
+def test_the_column_of_the_closed_form(tmp_path):
+    """Catches a deviation over seeds of what has none, and measured numbers in the prediction's column."""
+    form = dict(value=2.0, rho_mean=0.5, psnr=30.0, variance_kept=0.75, closed_form="exact")
+    for seed in 0, 1:
+        write_score(tmp_path / f"runs/{seed}", configuration(seed=seed),
+                    **exact(2.0 + seed, 0.75) | dict(closed_form=form))
+    text, _ = write_report(tmp_path / "runs", "--tables", "table1_top")
+    assert cells(section(text, "Table 1"), "90 % with σ 0.2", "Robust_adv")[:2] == [
+        "2.50 ± 0.707 / 0.750 ± 0", "2.00 / 0.500"]
+
+
 def test_strips_without_matplotlib(tmp_path, monkeypatch, capsys):
     """Catches strips that need matplotlib, an enlarged picture that is smoothed, and grids that are found by
     their names and not by the log."""
