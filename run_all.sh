@@ -227,7 +227,7 @@ theoretical() {                                             # METHOD NOISE NAME 
 # Beyond the paper: real images become clean, and what omega does to them. CIFAR10=..., or a download.
 real() {
     local noise omega
-    ROOT=runs/real REPORT="--tables real" SIZE=16 STEPS=1000 N=2000
+    ROOT=runs/real REPORT="--tables real" SIZE=16 STEPS=800 N=1000
     TRAIN="--preset small --batch 64 --lr 1e-3 --ema 0.995 --precondition --weighting edm"
     for noise in "0.9 0.2" "0 0"; do
         model cifar10 ddpm $noise seed0 --seed 0
