@@ -979,8 +979,8 @@ def optimum(results):
               *(f"{n} (closed form)" for n in numbers), "rule"]
     return "The closed form (beyond the paper): how near training is to the method's optimum", (
         f"{scale(found)} {at} of the {len(rows)} are at the optimum (bold: FD-exact within 5 % of its closed "
-        "form, or the seeds' deviation). Of adv it is the fixed point of network and adversary; the rule for 0 < "
-        "p < 1: clean and corrupted images are each filtered as their own kind. What is far from it is a "
+        "form, or the seeds' deviation). Of adv it is the fixed point of network and adversary; the rule for "
+        "0 < p < 1: clean and corrupted images are each filtered as their own kind. What is far from it is a "
         f"training to be mended, no fact about the method.\n\n{markdown(header, rows)}" if rows else
         "Not measured yet.")
 
@@ -1007,12 +1007,333 @@ def real(results):
     return "Real images (beyond the paper)", text or "Not measured yet."
 
 
+# ------------------------------------------------ what the paper's readers asked, beyond the paper: one group
+
+ASKED = "odd", "weighting", "precondition", "step"          # what else tells these models apart
+RAN, ADV = 0.762, 0.3                                       # the lambdas that are alike at the optimum
+THREE = "FD-exact", "ρ", "variance kept"
+OMEGAS = [("ran", 2), *(("adv", omega) for omega in (1, 2, 4, 8))]
+
+
+def asked(method, noise, omega=2, **more):
+    """What selects one model's samples: of subspace data, trained to the end by EDM's weighting, sampled by
+    Heun's 18 steps, unless `more` says otherwise."""
+    return dict(data="subspace", method=method, noise=noise, lam=dict(ran=RAN, adv=ADV).get(method),
+                flags=None, odd="" if omega == 2 else f"omega is {omega:.1f}", weighting="edm",
+                sampler="heun", steps=18, attack=None, percent=None, trained="whole") | more
+
+
+def beside(records, number, where):
+    """A number as text, its closed form in brackets."""
+    found, form = pair(records, number, where)
+    return show(found) + (f" ({show(form)})" if form else "")
+
+
+def with_forms(numbers):
+    """The head of columns of `beside`."""
+    return [f"{number} (closed form)" for number in numbers]
+
+
+def less(a, b):
+    """Whether the cell a is below the cell b, and not within the deviations."""
+    return verdict_of(LESS[1], [a, b])[0] == "holds"
+
+
+def against(a, b):
+    """The cell a beside the cell b, in a word."""
+    return "lower" if less(a, b) else "higher" if less(b, a) else "level" if a and b else "not measured"
+
+
+def counted(pairs):
+    """In how many of [(cell, cell)] the first is below the second, as text."""
+    words = [against(a, b) for a, b in pairs if a and b]
+    return f"{words.count('lower')} of {len(words)} (higher in {words.count('higher')})"
+
+
+def regions(cells):
+    """{(p, sigma): {name: cell}} -> who wins where, a sentence for each winner: the lowest mean, and all
+    within whose deviations it is."""
+    found = {}
+    for (p, sigma), own in cells.items():
+        own = {name: each for name, each in own.items() if each}
+        if len(own) > 1:
+            best = min(own, key=lambda name: own[name][0])
+            winners = " and ".join(name for name in own if name == best or not less(own[best], own[name]))
+            found.setdefault(winners, {}).setdefault(sigma, []).append(f"{p:g}")
+    return "; ".join(f"**{winners}** with " + ", ".join(
+        f"σ {sigma:g} (p {', '.join(found[winners][sigma])})" for sigma in sorted(found[winners]))
+        for winners in found) or "not measured"
+
+
+def question1(results, own):
+    """Who wins where, at equal steps and at equal compute."""
+    ddpm, ran, adv, cheap, *aware = names = [
+        *(METHODS[m] for m in ("ddpm", "ran", "adv")), "Robust_adv at DDPM's compute",
+        "noise-aware (truth)", "noise-aware (wrong flags)", "noise-aware (all noisy)"]
+    places, text, maps = itertools.product((0.3, 0.6, 0.9, 1), (0.05, 0.1, 0.2)), "", {}
+    wheres = {(p, sigma): dict(zip(names, (
+        *(asked(m, noise_name(p, sigma)) for m in ("ddpm", "ran", "adv")),
+        asked("adv", noise_name(p, sigma), trained="equal compute"),
+        *(asked("ambient", noise_name(p, sigma), flags=flags) for flags in ("oracle", "conf1", "conf2")))))
+        for p, sigma in places}
+    for (p, _), ways in wheres.items():
+        if p == 1:                                          # all wrong: all clean; and all are noisy
+            ways |= {aware[1]: ways[ddpm], aware[2]: ways[aware[0]]}
+    cells = {place: {name: cell(own, THREE[0], where) for name, where in ways.items()}
+             for place, ways in wheres.items()}
+    for budget, ours in (("compute", cheap), ("steps", adv)):
+        text += f"At equal {budget} {adv} is nearer to the clean data than " + ", than ".join(
+            f"{rival} in {counted((each[ours], each[rival]) for each in cells.values())}"
+            for rival in (ddpm, *aware)) + " corruptions.\n"
+        maps |= {f"equal {budget}: {adv} / {ddpm}": (ours, [ddpm]),
+                 f"equal {budget}: {adv} / best noise-aware": (ours, aware)}
+    text += "\nWho wins where: the lowest mean, and what it is not below beyond the deviations.\n\n"
+    for budget, ours in (("compute", [ddpm, cheap]), ("steps", [ddpm, ran, adv])):
+        for told, race in (("", [*ours, *aware]), (", nobody told the truth", [*ours, *aware[1:]])):
+            once = {place: [name for k, name in enumerate(race) if ways[name] not in [
+                ways[other] for other in race[:k]]] for place, ways in wheres.items()}
+            racing = {place: {name: each[name] for name in once[place]} for place, each in cells.items()}
+            text += f"- Equal {budget}{told}: {regions(racing)}.\n"
+    for number in THREE:
+        text += f"\n{number} (closed form):\n\n" + markdown(["training data", *names], [
+            [noise_name(*place), *(beside(own, number, where) for where in ways.values())]
+            for place, ways in wheres.items()])
+    return "Compute-matched against noise-aware training", text + (
+        "\nTruth: told which images are noisy; wrong flags: each wrong with probability p; at p 1 that is "
+        "DDPM, and all noisy is the truth. A noise-aware step costs what DDPM's does. With DDPM's compute "
+        "Robust_adv has 5 steps for its 9, by a factor of 1.8 that was fixed before the runs.\n"
+        + heat(results, "question1", maps, cells)), [way for ways in wheres.values() for way in ways.values()]
+
+
+def heat(results, name, maps, cells):
+    """{title: (name, rivals)}: maps over p and sigma of the name's number by its best rival's. -> the link,
+    or ""."""
+    if not results.plt or not any(found for each in cells.values() for found in each.values()):
+        return ""
+    ps, sigmas = (sorted({place[k] for place in cells}) for k in (0, 1))
+    figure, axes = results.plt.subplots(2, len(maps) // 2, figsize=(8.6, 6.4), layout="constrained")
+    for ax, (title, (ours, rivals)) in zip(axes.flat, maps.items()):
+        ratios = np.full((len(ps), len(sigmas)), np.nan)
+        for (i, p), (j, sigma) in itertools.product(enumerate(ps), enumerate(sigmas)):
+            found, *beaten = (cells[p, sigma][each] for each in (ours, *rivals))
+            if found and any(beaten):
+                ratios[i, j] = found[0] / min(each[0] for each in beaten if each)
+                ax.text(j, i, digits(ratios[i, j]), ha="center", va="center")
+        ax.imshow(np.log2(ratios), cmap="RdBu_r", vmin=-2, vmax=2, alpha=0.7, aspect="auto")
+        ax.set_xticks(range(len(sigmas)), [f"σ {sigma:g}" for sigma in sigmas])
+        ax.set_yticks(range(len(ps)), [f"p {p:g}" for p in ps])
+        ax.set_title(title, fontsize=10)
+    figure.suptitle("FD-exact by FD-exact; blue: Robust_adv is nearer to the clean data", fontsize=11)
+    return chart(results, name, figure)
+
+
+def question2(results, own):
+    """What lambda and omega take of the noise, and of clean data."""
+    noisy, rows, fronts, best, wheres = noise_name(1, 0.2), [], {}, [{}, {}], []
+    noise = cell(own, f"ρ{EXACT}", asked("ddpm", noisy))
+    quarter = noise and noise[0] / 4
+    for method, omega in OMEGAS:
+        family = f"{METHODS[method]}, ω {omega}"
+        tried = [asked(method, noisy, omega, lam=r["lam"]) for r in distinct(own, "lam") if r["lam"]]
+        for here in [where for where in tried if matching(own, where)]:
+            clean = here | dict(noise=CLEAN)
+            rows.append([family, f"{here['lam']:g}", beside(own, "ρ", here), beside(own, THREE[0], here),
+                         beside(own, THREE[0], clean), beside(own, THREE[2], clean)])
+            fronts.setdefault(family, []).append((pair(own, THREE[0], clean), pair(own, "ρ", here)))
+            wheres += here, clean
+    lines = {(family, k): sorted((y[k][0], x[k][0]) for x, y in points if x[k] and y[k])
+             for family, points in fronts.items() for k in (0, 1)}      # (rho, distance), along lambda
+    for (family, k), line in lines.items():
+        if quarter and line and line[0][0] <= quarter <= line[-1][0]:
+            best[k][family] = math.exp(np.interp(math.log(quarter), *np.log(line).T))
+    said = [f"{whose} " + (", ".join(f"{digits(x)} ({family})" for x, family in sorted(
+        (x, family) for family, x in found.items())) or "none comes so far")
+        for whose, found in zip(("trained networks", "the closed form"), best)]
+    text = ("FD-exact on clean data where noise of 0.2 falls to a quarter, the best first: "
+            f"{'; '.join(said)}.\nA quarter: of the ρ that DDPM's closed form has, all images noisy; between "
+            "two λ, logarithms are interpolated.\n"
+            f"DDPM: ρ {beside(own, 'ρ', asked('ddpm', noisy))}, FD-exact on clean data "
+            f"{beside(own, THREE[0], asked('ddpm', CLEAN))}.\n\n")
+    text += markdown(["model", "λ", *with_forms(["ρ, noisy", "FD-exact, noisy", "FD-exact, clean",
+                                                 "variance kept, clean"])], rows)
+    if results.plt and rows:
+        figure, ax = results.plt.subplots(figsize=(6.4, 4.8), layout="constrained")
+        for (family, k), line in lines.items():
+            y, x = np.array(line or np.empty((0, 2))).T
+            ax.plot(x, y, ("o-", "--")[k], color=f"C{[*fronts].index(family)}", label=None if k else family)
+        if quarter:
+            ax.axhline(quarter, color="grey", linestyle=":", label="a quarter of the noise")
+        ax.set(xscale="log", yscale="log", xlabel="FD-exact, trained on clean data",
+               ylabel=f"ρ, trained on {noisy}", title="points: trained, along λ; dashed: closed form")
+        ax.legend(fontsize=8)
+        text += chart(results, "question2", figure)
+    return "The penalty on clean data: λ and ω", text, wheres
+
+
+def question3(results, own):
+    """Whether what gaussian.py advises leaves as much noise as it says."""
+    rows, left, wheres = [], [], []
+    for data in distinct(own, "data", "size"):
+        distance, number = names_of(own, data, ["distance", "beside"])
+        for sigma, lam in ((0.1, 0.1), (0.2, 0.3)):
+            ways = [way | data for way in (asked("ddpm", CLEAN), asked("ddpm", noise_name(1, sigma)),
+                                           asked("adv", noise_name(1, sigma), 8, lam=lam))]
+            if not matching(own, ways[2]):
+                continue
+            shares = []
+            for n in (number, number + EXACT):
+                clean, ddpm, adv = (found and found[0]**2 for found in (cell(own, n, way) for way in ways))
+                known = None not in (clean, ddpm, adv) and ddpm > clean
+                shares.append(math.sqrt(max(0, adv - clean) / (ddpm - clean)) if known else None)
+            left += [x for x in shares[:1] if x is not None]
+            rows.append([label_of(data), noise_name(1, sigma), f"λ {lam}, ω 8",
+                         *(DASH if x is None else f"{100 * x:.0f} %" for x in shares),
+                         number, *(beside(own, number, way) for way in ways),
+                         *(beside(own, distance, way) for way in ways[1:])])
+            wheres += ways
+    said = (f"{100 * min(left):.0f} % to {100 * max(left):.0f} %, {sum(x <= 0.35 for x in left)} of "
+            f"{len(left)} not more than 35 %") if left else "not measured"
+    return "λ and ω as gaussian.py advises", (
+        f"Advised so as to leave 25 % of the noise's deviation, the trained networks leave {said}.\n\n"
+        + markdown(["data", "training data", "advised", "noise left", "closed form", "by", "DDPM, clean data",
+                    "DDPM", "as advised", "distance: DDPM", "as advised"], rows)
+        + "\nNoise left: √((a² − c²) / (d² − c²)), a: as advised; d: DDPM on the same images; c: on clean "
+        "ones. The closed form is of Heun's 18 steps; gaussian.py advises for 1000 of "
+        "DDPM's.\n"), wheres
+
+
+def question4(results, own):
+    """Random against adversarial perturbations, by what they cost."""
+    noise, numbers, rows, ends, wheres = noise_name(1, 0.2), ("ρ", THREE[0]), [], {}, []
+    panels = {number: {} for number in numbers}
+    for r in distinct(matching(own, dict(noise=noise, odd="")), "method", "lam", "step"):
+        here = asked(r["method"], noise) | r
+        del here["trained"]                                 # those of several lengths
+        lengths = matching(own, {name: value for name, value in here.items() if name != "step"})
+        if len(distinct(lengths, "step")) > 1 and r["lam"] and (found := matching(own, here)):
+            cost = cell(results.benchmarks, "cost", {name: found[0][name] for name in (
+                "data", "size", "method", "network", "batch", "reg_share", "precondition")})
+            label = f"{METHODS[r['method']]}, λ {r['lam']:g}"
+            rows.append([label, f"{r['step']:,}", show(cost), show(cost and (r["step"] * cost[0], None)),
+                         *(beside(own, n, here) for n in numbers)])
+            for number, lines in panels.items() if cost else ():
+                lines.setdefault(label, []).append((r["step"] * cost[0], *pair(own, number, here)))
+            if cost and r["lam"] in (RAN, ADV):             # the longest comes last
+                ends[r["method"]] = cost[0], *(cell(own, n, here) for n in numbers)
+            wheres.append(here)
+    said = "Not measured."
+    if len(ends) == 2:
+        said = (f"A step of adv costs {digits(ends['adv'][0] / ends['ran'][0])} of one of ran; after as many "
+                "steps, with the λ that are alike at the optimum, " + " and ".join(
+                    f"its {n} is {against(a, b)} ({show(a)} against {show(b)})"
+                    for n, a, b in zip(numbers, ends["adv"][1:], ends["ran"][1:])) + ".")
+    return "Random against adversarial perturbations, by cost", f"{said}\n\n" + markdown(
+        ["model", "steps", "a step (× DDPM's)", "cost (steps of DDPM)", *with_forms(numbers)], rows) + curves(
+            results, "question4", {n: lines for n, lines in panels.items() if lines},
+            "cost of the training, in steps of DDPM"), wheres
+
+
+def question5(results, own):
+    """What is unlearnt of other corruptions, and what is not."""
+    noises = [noise_name(*kind) for kind in (
+        (0.9, 0.2), (0.9, 0.03, "impulse"), (0.1, 0, "outliers"), (0.9, 0.1, "blur"))]
+    ways = {noise: [asked(m, noise) for m in ("ddpm", "adv")] for noise in (CLEAN, *noises)}
+    said = {noise: against(*(cell(own, THREE[0], way) for way in ways[noise][::-1])) for noise in noises}
+    rows = [[noise, METHODS[way["method"]], *(beside(own, n, way) for n in THREE)]
+            for noise, both in ways.items() for way in both]
+    return "Other corruptions", "Robust_adv's FD-exact is, beside DDPM's, " + "; ".join(
+        f"{word} ({', '.join(noise for noise in noises if said[noise] == word)})"
+        for word in dict.fromkeys(said.values())) + ".\n\n" + markdown(
+            ["training data", "model", *with_forms(THREE)], rows), sum(ways.values(), [])
+
+
+def question6(results, own):
+    """The method on EDM."""
+    wheres = [asked(m, noise_name(0.6, 0.1), weighting=weighting, sampler=sampler, steps=steps)
+              for weighting in ("edm", "paper") for sampler, steps in (("heun", 18), ("ddpm", 35))
+              for m in ("ddpm", "ran", "adv")]
+    ddpm, _, adv = (cell(own, THREE[0], way) for way in wheres[:3])
+    rows = [[way["weighting"], f"{sampler_name(way['sampler'])} {way['steps']}", METHODS[way["method"]],
+             *(beside(own, n, way) for n in THREE)] for way in wheres]
+    return "The method on EDM", (
+        f"On EDM (its network, weighting and sampler) FD-exact is {against(adv, ddpm)} with the method: "
+        f"{show(adv)} against {show(ddpm)}.\n\nTraining data: {noise_name(0.6, 0.1)}; 35 evaluations an "
+        "image, all networks preconditioned.\n\n"
+        + markdown(["weighting", "sampling", "model", *with_forms(THREE)], rows)), wheres
+
+
+def question7(results, own):
+    """What survives of robustness under attacks that look beyond one step."""
+    rows, panels, wheres, moved, distances = [], {}, [], [], []
+    numbers = "displacement", "by random signs as large", THREE[0]
+    kinds = dict(drift=dict(sampler="ddpm", steps=24, percent=100), trajectory=dict(percent=6))     # 1 of 18
+    for noise, attack, budget in itertools.product((CLEAN, NOISY[1]), kinds, (0.1, 0.25, 0.5, 1)):
+        odd = ["where is first"] * (attack == "trajectory") + [f"eps_scale is {budget}"] * (budget != 1)
+        ways = [asked(m, noise, attack=attack, odd=", ".join(odd), **kinds[attack])
+                for m in ("ddpm", "ran", "adv")]
+        found = [[cell(own, n, way) for n in numbers] for way in ways]
+        if any(each for own_cells in found for each in own_cells):
+            for way, (far, signs, distance) in zip(ways, found):
+                name, lines = METHODS[way["method"]], panels.setdefault(f"{attack}, {noise}", {})
+                rows.append([noise, attack, budget, name, show(far), show(signs), show(distance)])
+                lines.setdefault(name, []).append((budget, far, None))
+                lines.setdefault(f"{name} (random signs)", []).append((budget, signs, None))
+            moved.append((found[2][0], found[0][0]))
+            distances.append((found[2][2], found[0][2]))
+            wheres += ways
+    return "Adaptive attacks", (
+        "Of these attacks and budgets, Robust_adv's images are moved less far than DDPM's in "
+        f"{counted(moved)}, and their FD-exact stays lower in {counted(distances)}.\n\n"
+        + markdown(["training data", "attack", "ε-scale", "model", *numbers], rows)
+        + "\ndrift: on each of 24 DDPM steps; trajectory: on x_T alone, by the gradient through all 18 Heun "
+        "steps. ε-scale: of the paper's budget. Displacement: rms a pixel.\n"
+        + curves(results, "question7", panels, "ε-scale", "displacement")), wheres
+
+
+def question8(results, own):
+    """The overhead in time and memory."""
+    rows, ratios = [], {}
+    for at in distinct(matching(results.benchmarks, dict(method="adv", precondition=True)),
+                       "data", "size", "network", "batch", "device", "reg_share", "precondition"):
+        for m in ("ddpm", "ran", "adv"):
+            here = at | dict(method=m) | (dict(reg_share=1.0) if m == "ddpm" else {})
+            found = [cell(results.benchmarks, n, here) for n in ("seconds", "cost", "memory")]
+            rows.append([f"{at['size']}×{at['size']}", at["network"], at["batch"], at["device"],
+                         plain(at["reg_share"]), METHODS[m], *map(show, found)])
+        ratios.setdefault(at["reg_share"], []).append(found[1][0])
+    said = "; ".join(f"on {plain(share)} of the batch {digits(min(found))} to {digits(max(found))}"
+                     for share, found in sorted(ratios.items()))
+    return "Overhead in time and memory", (
+        f"A training step of Robust_adv costs, in steps of DDPM, with the regulariser {said}.\n\n" + markdown(
+            ["images", "network", "batch", "device", "share", "model", "seconds", "× DDPM's",
+             "peak memory (GiB)"], rows)
+        + "\nPeak memory: on a CPU the process's so far, PyTorch and all, row after row.\n"), None
+
+
+def questions(results):
+    """Beyond the paper: what its public reviews asked, each answered by a sentence made of the numbers."""
+    own, text = pool([dict(r, left=None) for r in results.scores if "measures" in r], KEY + ASKED), ""
+    results.shown |= {r["path"] for r in own}
+    counts = Counter(r["step"] for r in own)
+    whole = max(counts, key=lambda step: (counts[step], step), default=0)
+    for r in own:                                           # run_all.sh's equal_compute
+        r["trained"] = {whole: "whole", whole * 5 // 9: "equal compute"}.get(r["step"])
+    for k, question in enumerate((question1, question2, question3, question4, question5, question6, question7,
+                                  question8), 1):
+        title, answer, wheres = question(results, own)
+        used = [r for where in distinct(wheres, *wheres[0]) for r in matching(own, where)] if wheres else []
+        measured = used or wheres is None and results.benchmarks
+        text += (f"### {k}. {title}\n\n{answer if measured else 'Not measured yet.'}\n`bash run_all.sh quick "
+                 f"question{k}`. {scale(used) if used else ''}\n\n")
+    return "What the paper's readers asked (beyond the paper)", text
+
+
 # ------------------------------------------------------------------------------------------- the command line
 
 TABLES = {one.__name__: one for one in (
     toy3d, fig3, table1_top, table1_bottom, table2, cost, invariance, samples, fig6, fig7, fig8, fig24,
-    table4, table5, evaluations, optimum, speed, real)}
-APART = "speed", "real"                                     # of runs of their own
+    table4, table5, evaluations, optimum, speed, real, questions)}
+APART = "speed", "real", "questions"                        # of runs of their own
 
 
 def origin(args):
@@ -1049,7 +1370,7 @@ def main(argv=None):
     parser.add_argument("--runs", type=Path, required=True, help="folder with runs and scores, at any depth")
     parser.add_argument("--out", type=Path, help="folder for README.md and its figures (default: RUNS)")
     parser.add_argument("--tables", nargs="+", default=[name for name in TABLES if name not in APART],
-                        help=f"some of {', '.join(TABLES)} (default: all but {' and '.join(APART)})")
+                        help=f"some of {', '.join(TABLES)} (default: all but {', '.join(APART)})")
     args = parser.parse_args(argv)
     args.out = args.out or args.runs
     for name in args.tables:

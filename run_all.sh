@@ -7,13 +7,14 @@
 #   bash run_all.sh paper table1 fig8      some of them, at the paper's scale, on all GPUs of this machine
 #   bash run_all.sh plan paper table1      what is left to do, and how many hours of this machine it takes
 #   bash run_all.sh list paper table1      the same, one model a line, for a cluster or GNU parallel
-#   bash run_all.sh dry                    every command of `paper` and `day` for two steps on shrunken data and networks
+#   bash run_all.sh dry                    every command of paper and day for two steps on shrunken data and networks
 #   bash run_all.sh test                   the tests
 #
 # Tables: pictures cost toy fig3 table1 table2 fig6 fig7 fig8 table4 table5 (fig. 4, 5, 12 to 24 come with them), and,
 # only where they are asked for, those that are beyond the paper: evaluations, quality against the sampler's cost, and
 # of quick theory, the closed form beside trained networks, speed, seconds of training to a quality, and real, CIFAR-10
-# at 16x16. They are made one after another, the cheapest first, each followed by report.py.
+# at 16x16; and question1 to question8, what the paper's readers asked (questions: all eight). They are made one after
+# another, the cheapest first, each followed by report.py.
 # The commands of one model are a chain; chains run side by side. What is there already is skipped: a run that was
 # stopped goes on. A command that fails ends its chain alone.
 #
@@ -31,7 +32,8 @@ cd "$(dirname "$0")"
 
 quick() {
     TABLES="pictures fig6 cost toy fig3 table1 table2 fig7 table5 table4 fig8"
-    BEYOND="evaluations theory speed real" ROOT=runs/quick DATA=data
+    QUESTIONS="question8 question6 question4 question5 question7 question3 question2 question1"
+    BEYOND="evaluations theory speed real $QUESTIONS" ROOT=runs/quick DATA=data
     MAIN=subspace DATASETS=subspace FIG7=subspace FIG7_NOISES="0.9:0.2" TABLE4=subspace
     SUBSPACE_IMAGES=shapes SIZE=8 FEW=256 SHAPES=""
     SEEDS="0 1 2" STEPS=250 TUNE=80 FULL="ddpm 50" DDIM=25 N=400 N_FEWER=100 N_ATTACK=64 ATTACK_STEPS=24
@@ -262,6 +264,163 @@ along() {                                                   # METHOD SEED NAME [
         sampled "heun-18-step$steps" "heun-18-step$steps.npz" sample.py --sampler heun --steps 18 --num-samples "$N"
         judge
     done
+    benchmark
+}
+
+# ------------------------------------------------------------ what the paper's readers asked, beyond the paper
+
+# asking: the scale of all eight; their models of equal flags are the same ones.
+asking() {
+    ROOT=runs/questions REPORT="--tables questions" STEPS=250 N=500 N_ATTACK=64
+    TRAIN="$TRAIN --ema 0.99" RAN="ran --omega 2 --lam 0.762" ADV="adv --omega 2 --lam 0.3"     # alike at the optimum
+}
+
+# asked DATA "P SIGMA" SEED METHOD [flags]: a model, named by its flags, its samples and their score
+asked() {
+    local name="${*:5} --steps $STEPS --seed $3"
+    name=${name//--/}
+    name=${name# }
+    model "$1" "$4" $2 "${name// /-}" --seed "$3" "${@:5}"
+    samples heun 18
+    judge
+}
+
+# Compute-matched against noise-aware training. Of p 1, conf1 (all called clean) is ddpm, conf2 the truth.
+question1() {
+    local seed noise p method flags
+    asking
+    for seed in $SEEDS; do
+        for noise in {0.3,0.6,0.9,1}" "{0.05,0.1,0.2}; do
+            p=${noise% *}
+            for method in ddpm "$RAN" "$ADV"; do asked subspace "$noise" $seed $method; done
+            STEPS=$(equal_compute) asked subspace "$noise" $seed $ADV
+            for flags in oracle $(if [ $p != 1 ]; then echo conf1 conf2; fi); do
+                asked subspace "$noise" $seed ambient --flags $flags
+            done
+        done
+    done
+}
+
+# The steps of adv, with the regulariser on a quarter of the batch, that cost what STEPS of ddpm do: a step costs 1.8.
+equal_compute() { echo $((STEPS * 5 / 9)); }
+
+# The penalty on clean data: lambda and omega.
+question2() {
+    local noise seed method lam omega
+    asking
+    for noise in "0 0" "1 0.2"; do
+        for seed in $SEEDS; do
+            for method in ddpm "$RAN" "$ADV" "adv --omega 8 --lam 0.3"; do asked subspace "$noise" $seed $method; done
+        done
+        for lam in 0.08 0.16 0.3 0.6; do asked subspace "$noise" 0 adv --omega 1 --lam $lam; done
+        for lam in 0.15 0.6 1.2; do asked subspace "$noise" 0 adv --omega 2 --lam $lam; done
+        for lam in 0.381 1.524 3.048; do asked subspace "$noise" 0 ran --omega 2 --lam $lam; done
+        for omega in 4 8; do
+            for lam in 0.15 0.3 0.6 1.2; do asked subspace "$noise" 0 adv --omega $omega --lam $lam; done
+        done
+    done
+}
+
+# What gaussian.py advises for noise of 0.1 and of 0.2, the same for all three sets. CIFAR10=...: that too.
+question3() {
+    local seed data
+    asking
+    for seed in $SEEDS; do
+        for data in subspace shapes; do advised $data $seed; done
+    done
+    if [ "${CIFAR10:-}" ]; then SIZE=16 advised cifar10 0; fi
+}
+
+advised() {                                                 # DATA SEED
+    asked "$1" "0 0" "$2" ddpm
+    asked "$1" "1 0.1" "$2" ddpm
+    asked "$1" "1 0.1" "$2" adv --omega 8 --lam 0.1
+    asked "$1" "1 0.2" "$2" ddpm
+    asked "$1" "1 0.2" "$2" adv --omega 8 --lam 0.3
+}
+
+# Random against adversarial perturbations, by what they cost.
+question4() {
+    local steps seed method lam
+    asking
+    cost_of subspace 8 64 "small --mult 1,1" 0.25
+    for steps in $((STEPS / 4)) $(equal_compute) $STEPS; do
+        for seed in $SEEDS; do
+            for method in "$RAN" "$ADV"; do STEPS=$steps asked subspace "1 0.2" $seed $method; done
+        done
+        for lam in 0.15 0.6; do STEPS=$steps asked subspace "1 0.2" 0 adv --omega 2 --lam $lam; done
+        for lam in 0.381 1.524; do STEPS=$steps asked subspace "1 0.2" 0 ran --omega 2 --lam $lam; done
+    done
+}
+
+# Other corruptions, of about the same mean square.
+question5() {
+    local seed method
+    asking
+    for seed in $SEEDS; do
+        for method in ddpm "$ADV"; do
+            asked subspace "0 0" $seed $method
+            asked subspace "0.9 0.2" $seed $method
+            asked subspace "0.9 0.03" $seed $method --corruption impulse
+            asked subspace "0.1 0" $seed $method --corruption outliers
+            asked subspace "0.9 0.1" $seed $method --corruption blur
+        done
+    done
+}
+
+# The method on EDM: its weighting or the paper's, its sampler or the paper's, at as many evaluations.
+question6() {
+    local seed method weighting
+    asking
+    for seed in $SEEDS; do
+        for method in ddpm "$RAN" "$ADV"; do
+            for weighting in "" "--weighting paper"; do
+                asked subspace "0.6 0.1" $seed $method $weighting
+                samples ddpm 35
+                judge
+            done
+        done
+    done
+}
+
+# Stronger attacks, their budget swept.
+question7() {
+    local seed noise method scale
+    asking
+    for seed in $SEEDS; do
+        for noise in "0 0" "0.9 0.2"; do
+            for method in ddpm "$RAN" "$ADV"; do
+                asked subspace "$noise" $seed $method
+                for scale in 0.1 0.25 0.5 1; do
+                    attacked_by drift-$scale --attack drift --steps-attacked 100% --steps 24 --eps-scale $scale
+                done
+                for scale in 0.25 1; do
+                    attacked_by trajectory-$scale --attack trajectory --iters 5 --eps-scale $scale \
+                        --sampler heun --steps-attacked 1 --where first
+                done
+                judge
+            done
+        done
+    done
+}
+
+attacked_by() { sampled "$1" "$1.npz.attack.json" attack.py --num-samples "$N_ATTACK" "${@:2}"; }
+
+# Overhead in time and memory, of the networks that fit.
+question8() {
+    local share
+    asking
+    for share in 0.25 1; do
+        cost_of subspace 8 64 "small --mult 1,1" $share
+        cost_of shapes 16 32 small $share
+        cost_of shapes 32 8 cifar10 $share
+    done
+}
+
+# cost_of DATA SIZE BATCH PRESET SHARE: all in one chain, so that none disturbs another
+cost_of() {
+    local TRAIN="--batch $3 --preset $4 --precondition --weighting edm" REGULARISED="--reg-share $5"
+    SIZE=$2 AFTER=$ROOT/costs training "$1" adv 0 0 "cost-$2-$5"
     benchmark
 }
 
@@ -541,6 +700,7 @@ case "$SCALE" in
     -h | --help) sed -n '2,/^$/s/^# \{0,1\}//p' run_all.sh; exit ;;
     *) fail "'$SCALE' is not known; it is: bash run_all.sh [list|plan] [quick|day|paper|dry|test] [TABLES]" ;;
 esac
+set -- ${@/questions/${QUESTIONS:-questions}}
 for table in "${@:2}"; do
     case " ${TABLES:-} ${BEYOND:-} " in
         *" $table "*) ;;

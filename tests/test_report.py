@@ -601,6 +601,169 @@ def test_real_images_of_every_omega(tmp_path):
     assert [pixels[16 + 148 * k, 0, 0] for k in range(len(pixels) // 146)] in ([10, 20, 30], [10, 40, 30])
 
 
+# ----------------------------------------------------------------------------- what the paper's readers asked
+
+def write_asked(runs, method, distance, p=0.9, sigma=0.2, rho=1.0, form=None, step=900, **more):
+    """A score of a model of the questions, in a folder of its own; form: the closed form's FD-exact, rho."""
+    sampling = {name: more.pop(name) for name in ("sampler", "steps", "attack", "suffix") if name in more}
+    corruption, numbers = more.pop("corruption", None), more.pop("numbers", None) or exact(distance, rho)
+    usual = dict(weighting="edm", sigma_data=0.5, lam=0.762 if method == "ran" else 0.3, reg_share=0.25)
+    config = configuration(method, p, sigma, **usual | more)
+    config["data"] |= dict(corruption=corruption) if corruption else {}
+    form = dict(closed_form=dict(value=form[0], rho_mean=form[1], closed_form="exact")) if form else {}
+    count = len([*runs.glob("*")]) if runs.exists() else 0
+    write_score(runs / f"{count}", config, "s", step=step, **dict(sampler="heun", steps=18) | sampling,
+                **numbers, **form)
+
+
+def answer(text, k):
+    """The part of README.md that answers question k."""
+    return text.split(f"\n### {k}. ")[1].split("\n### ")[0]
+
+
+def asked(tmp_path):
+    """The questions' part of a report on tmp_path/runs."""
+    return write_report(tmp_path / "runs", "--tables", "questions")[0]
+
+
+def test_question_1(tmp_path):
+    """Catches a rival's number in another column, the compute-matched model taken for the other, one of
+    another weighting or omega among them, a winner within the deviations, conf1 and conf2 counted twice at
+    p 1, and a win that is not counted."""
+    runs = tmp_path / "runs"
+    for seed, more in ((0, 0.0), (1, 0.5)):                 # 0.354 of deviation
+        for method, distance in dict(ddpm=9.0, ran=5.0, adv=4.0).items():
+            write_asked(runs, method, distance + more, seed=seed)
+        write_asked(runs, "adv", 6.0 + more, seed=seed, step=500)
+        for flags, distance in dict(oracle=4.25, conf1=12.0, conf2=7.0).items():
+            write_asked(runs, "ambient", distance + more, seed=seed, flags=flags)
+        write_asked(runs, "adv", 1.0, seed=seed, weighting="paper")
+        write_asked(runs, "adv", 30.0, seed=seed, omega=8.0)
+        write_asked(runs, "adv", 20.0, seed=seed, step=700)
+        for method, distance, flags in (("ddpm", 3.0, None), ("adv", 8.0, None), ("ambient", 2.0, "oracle")):
+            write_asked(runs, method, distance + more, p=1, sigma=0.1, seed=seed, flags=flags)
+    text = answer(asked(tmp_path), 1)
+    assert cells(text.split("\nρ")[0], "90 % with σ 0.2") == [
+        f"{x}.25 ± 0.354" if x < 10 else f"{x}.2 ± 0.354" for x in (9, 5, 4, 6)] + [
+            "4.50 ± 0.354", "12.2 ± 0.354", "7.25 ± 0.354"]
+    assert cells(text.split("\nρ")[0], "100 % with σ 0.1") == [
+        "3.25 ± 0.354", "–", "8.25 ± 0.354", "–", "2.25 ± 0.354", "3.25 ± 0.354", "2.25 ± 0.354"]
+    assert ("At equal compute Robust_adv is nearer to the clean data than DDPM in 1 of 1 (higher in 0), "
+            "than noise-aware (truth) in 0 of 1 (higher in 1), than noise-aware (wrong flags) in 1 of 1 "
+            "(higher in 0), than noise-aware (all noisy) in 1 of 1 (higher in 0) corruptions.") in text
+    assert ("At equal steps Robust_adv is nearer to the clean data than DDPM in 1 of 2 (higher in 1), "
+            "than noise-aware (truth) in 0 of 2 (higher in 1), than noise-aware (wrong flags) in 1 of 2 "
+            "(higher in 1), than noise-aware (all noisy) in 1 of 2 (higher in 1) corruptions.") in text
+    assert ("- Equal compute: **noise-aware (truth)** with σ 0.1 (p 1), σ 0.2 (p 0.9).\n"
+            "- Equal compute, nobody told the truth: **Robust_adv at DDPM's compute** with σ 0.2 (p 0.9); "
+            "**noise-aware (all noisy)** with σ 0.1 (p 1).\n"
+            "- Equal steps: **Robust_adv and noise-aware (truth)** with σ 0.2 (p 0.9); "
+            "**noise-aware (truth)** with σ 0.1 (p 1).\n") in text
+    assert "trained for 500 to 900 steps" in text and "2 seed(s)" in text
+
+
+def test_question_2(tmp_path):
+    """Catches clean and noisy data exchanged, an omega in another's frontier, the closed form's quarter for
+    the network's, and an interpolation that is not one of logarithms."""
+    runs = tmp_path / "runs"
+    write_asked(runs, "ddpm", 9.0, p=1, rho=5.0, form=(8.0, 4.0))               # a quarter is 1
+    for omega, lam, rho, clean, rho_form, clean_form in (
+            (2.0, 0.15, 2.0, 1.0, 4.0, 0.5), (2.0, 0.6, 0.5, 4.0, 0.25, 3.0),
+            (8.0, 0.15, 3.0, 1.0, 2.0, 0.25), (8.0, 0.6, 1.5, 2.0, 0.5, 1.0)):
+        write_asked(runs, "adv", 7.0, p=1, rho=rho, form=(7.0, rho_form), omega=omega, lam=lam)
+        write_asked(runs, "adv", clean, p=0, sigma=0, form=(clean_form, 0.0), omega=omega, lam=lam)
+    text = answer(asked(tmp_path), 2)
+    # Halfway, in logarithms, from 1 to 4; of the closed form from 0.5 to 3 and from 0.25 to 1.
+    assert ("the best first: trained networks 2.00 (Robust_adv, ω 2); the closed form 0.500 (Robust_adv, "
+            "ω 8), 1.22 (Robust_adv, ω 2).") in text
+    assert cells(text, "Robust_adv, ω 8", "0.6") == [
+        "1.50 (0.500)", "7.00 (7.00)", "2.00 (1.00)", "1.00"]
+    assert "DDPM: ρ 5.00 (4.00)" in text
+
+
+def test_question_3(tmp_path):
+    """Catches a share of the noise that forgets what DDPM leaves on clean data, another set's or noise's
+    DDPM, and the closed form's share for the measured one."""
+    runs = tmp_path / "runs"
+    for name, suffix in (("subspace", "fd-exact"), ("shapes", "fd-pixels")):
+        for method, p, number, form in (
+                ("ddpm", 0, 3.0, 0.0), ("ddpm", 1, 5.0, 4.0), ("adv", 1, 3.16228, 1.0)):
+            own = dict(name=name, suffix=suffix, **dict(omega=8.0, lam=0.3) if method == "adv" else {})
+            own |= dict(form=(1.0, form)) if name == "subspace" else dict(
+                numbers=dict(metric="FD-pixels", value=2.0, noise_mean=number / 10))
+            write_asked(runs, method, 2.0, p, 0.2 * p, rho=number, **own)
+    text = answer(asked(tmp_path), 3)
+    assert "the trained networks leave 25 % to 25 %, 2 of 2 not more than 35 %" in text     # √(1 / 16)
+    assert cells(text, "shapes 4×4", "100 % with σ 0.2", "λ 0.3, ω 8")[:6] == [
+        "25 %", "–", "noise estimate", "0.300", "0.500", "0.316"]
+    assert cells(text, SUBSPACE, "100 % with σ 0.2", "λ 0.3, ω 8")[:4] == ["25 %", "25 %", "ρ", "3.00 (0)"]
+    assert "| 100 % with σ 0.1 |" not in text
+
+
+def test_questions_4_and_8(tmp_path):
+    """Catches a cost of another method or share, steps for costs, a model of one length as a curve, and the
+    cost of share 1 in the sentence of 1/4."""
+    runs = tmp_path / "runs"
+    for step, distance in ((450, 8.0), (900, 4.0)):
+        write_asked(runs, "ran", distance, p=1, step=step)
+        write_asked(runs, "adv", distance / 2, p=1, step=step, form=(1.0, 0.5))
+    write_asked(runs, "adv", 1.0, p=1, lam=1.2)
+    for share, seconds in ((0.25, (0.5, 0.75, 1.0)), (1.0, (0.5, 1.0, 1.5))):
+        write_benchmark(runs / f"cost{share}", seconds, p=0, sigma=0, reg_share=share, sigma_data=0.5,
+                        weighting="edm")
+    text = asked(tmp_path)
+    own = answer(text, 4)
+    assert cells(own, "Robust_adv, λ 0.3", "450") == ["2.00", "900", "1.00 (0.500)", "4.00 (1.00)"]
+    assert cells(own, "Robust_ran, λ 0.762", "900") == ["1.50", "1350", "1.00", "4.00"]
+    assert "λ 1.2" not in answer(text, 4)
+    assert ("A step of adv costs 1.33 of one of ran; after as many steps, with the λ that are alike at the "
+            "optimum, its ρ is level (1.00 against 1.00) and its FD-exact is lower (2.00 against "
+            "4.00).") in text
+    assert "with the regulariser on 0.25 of the batch 2.00 to 2.00; on 1 of the batch 3.00 to 3.00." in text
+    own = "4×4", "32 × (1,)", "64", "cpu"
+    assert cells(answer(text, 8), *own, "0.25", "Robust_ran") == ["0.750", "1.50", "0.500"]
+    assert cells(answer(text, 8), *own, "1", "Robust_ran")[:2] == ["1.00", "2.00"]
+
+
+def test_questions_5_to_7(tmp_path):
+    """Catches corruptions, weightings, samplers, budgets or attacks averaged or exchanged, a verdict turned
+    round, and a question without an answer that shows one."""
+    runs = tmp_path / "runs"
+    for corruption, p, sigma, ddpm, adv in (("impulse", 0.9, 0.03, 8.0, 4.0), ("outliers", 0.1, 0, 3.0, 6.0),
+                                            ("blur", 0.9, 0.1, 5.0, 5.1)):
+        write_asked(runs, "ddpm", ddpm, p, sigma, corruption=corruption)
+        write_asked(runs, "adv", adv, p, sigma, corruption=corruption)
+    text = asked(tmp_path)
+    assert ("beside DDPM's, not measured (90 % with σ 0.2); lower (90 % with impulse σ 0.03); higher (10 % "
+            "outliers); level (90 % with blur σ 0.1).") in answer(text, 5)
+    assert cells(answer(text, 5), "10 % outliers", "Robust_adv") == ["6.00", "1.00", "1.00"]
+    assert "Not measured yet." in answer(text, 6) and "Not measured yet." in answer(text, 7)
+    for k, (weighting, sampler, steps, method) in enumerate([
+            ("edm", "heun", 18, "ddpm"), ("edm", "heun", 18, "adv"), ("paper", "heun", 18, "adv"),
+            ("paper", "ddpm", 35, "adv"), ("edm", "ddpm", 35, "adv"), ("edm", "heun", 9, "adv")]):
+        write_asked(runs, method, 20.0 - 2 * k, 0.6, 0.1, weighting=weighting, sampler=sampler, steps=steps)
+    found = answer(asked(tmp_path), 6)
+    assert "FD-exact is level with the method: 18.0 against 20.0." in found
+    assert cells(found, "paper", "DDPM 35", "Robust_adv")[0] == "14.0"
+    assert cells(found, "edm", "DDPM 35", "Robust_adv")[0] == "12.0"
+    for method, far in (("ddpm", 2.0), ("adv", 1.0)):
+        for scale in (0.25, 1.0):
+            for name, how in (("drift", dict(attack=attacked("drift", 100, 24, eps_scale=scale), steps=24,
+                                             sampler="ddpm")),
+                              ("trajectory", dict(attack=attacked("trajectory", 100, 1, where="first",
+                                                                  eps_scale=scale)))):
+                moved = (far + 4 * scale) * (1 if name == "drift" else 10)
+                for numbers in (dict(rms=moved, rms_noise=0.5), exact(moved + 1, 1.0)):
+                    write_asked(runs, method, 0, numbers=numbers, **how,
+                                suffix="attack" if "rms" in numbers else "fd-exact")
+    found = answer(asked(tmp_path), 7)
+    assert cells(found, "90 % with σ 0.2", "drift", "0.25", "Robust_adv") == ["2.00", "0.500", "3.00"]
+    assert cells(found, "90 % with σ 0.2", "drift", "1", "Robust_adv") == ["5.00", "0.500", "6.00"]
+    assert cells(found, "90 % with σ 0.2", "trajectory", "0.25", "DDPM") == ["30.0", "0.500", "31.0"]
+    # 2 and 3, 20 and 30: a tenth of each does not bridge them; 5 and 6, 50 and 60 it does.
+    assert "less far than DDPM's in 2 of 4 (higher in 0)" in found
+
+
 def test_charts_are_made_and_linked(tmp_path):
     """Catches a figure that is linked and not made, or made and not linked, and a leftover temporary file."""
     pytest.importorskip("matplotlib")
@@ -620,10 +783,22 @@ def test_charts_are_made_and_linked(tmp_path):
     write_score(runs / "share", configuration("adv", 0, 0, reg_share=0.5), **exact(3.0, 1.0))
     write_benchmark(runs / "share", (0.5, 1.0, 1.25), p=0, reg_share=0.5)
     text += write_report(runs, "--tables", "speed")[0]
+    text += asked(tmp_path)
+    assert not [*(tmp_path / "out").glob("question*")]      # none of these is a model of the questions
+    runs.rename(tmp_path / "others")
+    for lam, step in ((0.3, 500), (0.3, 900), (0.6, 900)):
+        for p in (0, 1):
+            write_asked(runs, "adv", 3.0, p, 0.2 * p, rho=1.0, form=(2.0, 1.0), lam=lam, step=step)
+    write_asked(runs, "ddpm", 3.0, 1, 0.2, form=(2.0, 4.0))
+    write_asked(runs, "ddpm", 0, 0, 0, sampler="ddpm", steps=24, attack=attacked("drift", 100, 24),
+                suffix="attack", numbers=dict(rms=1.0, rms_noise=0.5))
+    write_benchmark(runs / "cost", (0.5, 1.0, 1.25), p=0, reg_share=0.25, sigma_data=0.5)
+    text += asked(tmp_path)
     linked = {part.split(")")[0] for part in text.split("](")[1:]}
     assert linked == {path.name for path in (tmp_path / "out").iterdir()} - {"README.md"}
     assert {"fig3", "fig6", "fig8", "speed-subspace-4-clean", "samples-subspace-4-clean",
-            "evaluations-subspace-4-clean"} <= {name.removesuffix(".png") for name in linked}
+            "evaluations-subspace-4-clean", "question1", "question2", "question4",
+            "question7"} <= {name.removesuffix(".png") for name in linked}
 
 
 # --------------------------------------------------------------------------- the command line and errors

@@ -139,7 +139,8 @@ def parsed(command, monkeypatch):
 
 
 @pytest.mark.parametrize("asked, chains", [
-    ("quick", 40), ("day", 18), ("paper", 50), ("quick theory speed evaluations real", 65), ("dry", 68)])
+    ("quick", 40), ("day", 18), ("paper", 50), ("quick theory speed evaluations real", 65), ("dry", 68),
+    ("quick questions", 250)])
 def test_commands_are_what_the_scripts_take(kit, monkeypatch, asked, chains):
     """Catches a flag that a script does not know or refuses, a command or a score twice in a chain, a chain
     without its data, a stage before the model or the samples that it needs, and an attack whose percentage is
@@ -147,10 +148,8 @@ def test_commands_are_what_the_scripts_take(kit, monkeypatch, asked, chains):
     listed = kit.listed(*asked.split(), TRAIN_FLAGS="--amp")
     scripts = {command.split()[0] for chain in listed for command in chain}
     every = {"data.py", "train.py", "sample.py", "attack.py", "fid.py", "memorize.py", "toy3d.py"}
-    if "speed" in asked:
-        every -= {"attack.py", "memorize.py", "toy3d.py"}
-    if asked == "day":
-        every -= {"toy3d.py"}
+    every -= {"attack.py"} if "speed" in asked else set()
+    every -= {"memorize.py", "toy3d.py"} if asked.count(" ") else {"toy3d.py"} if asked == "day" else set()
     assert len(listed) >= chains and scripts == every
     for chain in listed:
         assert len(set(chain)) == len(chain)
@@ -165,8 +164,9 @@ def test_commands_are_what_the_scripts_take(kit, monkeypatch, asked, chains):
                 assert args.run in trained
                 sampled.add(str(args.out))
                 if script == "attack.py":
-                    assert args.steps_attacked.endswith("%")
-                    assert asked == "dry" or int(args.steps_attacked[:-1]) * args.steps % 100 == 0
+                    if args.where != "first":               # of x_T alone
+                        assert args.steps_attacked.endswith("%")
+                        assert asked == "dry" or int(args.steps_attacked[:-1]) * args.steps % 100 == 0
             elif script == "fid.py":
                 judged += args.samples
                 assert sampled >= set(judged) and len(set(judged)) == len(judged)
@@ -244,6 +244,43 @@ def test_what_is_beyond_the_paper_has_a_folder_of_its_own(kit):
     assert [command.split()[0] for command in own] == 6 * ["train.py", "sample.py", "fid.py"] + ["train.py"]
     assert [re.search(r"--steps (\d+)", command)[1] for command in own[::3]] == [*steps, "1600"]
     assert [re.search(r"step(\d+).npz", command)[1] for command in own[1::3]] == steps
+
+
+def test_questions_share_models_and_mix_none(kit):
+    """Catches a folder that two questions train differently, or that one of them trains on and another
+    samples, the same training under two names, a seed that is not trained, `questions` that leaves one out,
+    and a compute-matched model of other steps than 5 for 9."""
+    numbers, commands = "86457321", {}
+    for number in numbers:
+        listed = kit.listed("quick", f"question{number}", CIFAR10="images")
+        commands[number] = [command for chain in listed for command in chain
+                            if command.startswith("train.py") and not command.endswith("--benchmark")]
+    every = [command for number in numbers for command in commands[number]]
+    ways = [re.sub(r" --out (\S+)", "", command) for command in every]
+    folders = [re.search(r" --out (\S+)", command)[1] for command in every]
+    assert len(set(every)) == len(set(ways)) == len(set(folders)) > 250
+    assert all(folder.startswith("runs/questions/") for folder in folders)
+    assert set(commands["7"]) & set(commands["5"]) and set(commands["4"]) & set(commands["2"])
+    listed = kit.listed("quick", "questions", CIFAR10="images")
+    assert {command for chain in listed for command in chain if command in every} == set(every)
+    cell = [command for command in commands["1"] if "--p 0.3 --sigma 0.1 " in command]
+    seeds = [re.search(r"--seed (\d)", command)[1] for command in cell]
+    assert [seeds.count(seed) for seed in "012"] == [7, 7, 7]
+    adv = [command for command in cell if "--method adv" in command]
+    few, most = sorted({int(re.search(r"--steps (\d+)", command)[1]) for command in adv})
+    assert few == most * 5 // 9
+
+
+def test_questions_have_a_report_of_their_own(kit):
+    """Catches answers among quick's tables, costs that are measured side by side, and real images that nobody
+    asked for."""
+    chain, = kit.listed("quick", "question8")
+    given, printed, status = kit.run("quick", "question8", "question3", LANES="3")
+    assert status == 0, printed
+    first, last = (k for k, command in enumerate(given) if command.startswith("report.py"))
+    assert given[first] == given[last] == "report.py --runs runs/questions --tables questions"
+    assert given[:first] == chain and sum(command.endswith("--benchmark") for command in chain) == 6
+    assert last == len(given) - 1 and not any("cifar10 " in command for command in given[first:])
 
 
 @pytest.mark.parametrize("lanes", ["1", "2"])
@@ -347,6 +384,7 @@ REFUSALS = [
     ("fast", {}, "'fast' is not known; it is: bash run_all.sh"),
     ("quick table9", {}, "'table9' is not a table of quick; they are: pictures fig6"),
     ("list paper theory", {}, "'theory' is not a table of paper"),
+    ("paper questions", {}, "'questions' is not a table of paper"),
     ("quick", dict(LANES="x"), "LANES=x: must be a positive number"),
     ("quick", dict(LANES="0"), "LANES=0: must be a positive number"),
     ("quick", dict(LANES="-1"), "LANES=-1: must be a positive number"),
