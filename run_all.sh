@@ -741,7 +741,7 @@ if [ -z "${LANES:-}" ]; then
 fi
 if [ "$LANES" -gt 1 ]; then export OMP_NUM_THREADS=1; fi
 "$SCALE"
-if [ "$SCALE" = dry ]; then dry_images >&2; fi
+if [ "$SCALE" = dry ] && [ $ACTION = reproduce ]; then dry_images; fi
 TEMPORARY=$(mktemp -d)
 trap 'rm -rf "$TEMPORARY"' EXIT
 WORK=$TEMPORARY/chains FAILED=$TEMPORARY/failed
