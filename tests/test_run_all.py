@@ -283,6 +283,15 @@ def test_questions_have_a_report_of_their_own(kit):
     assert last == len(given) - 1 and not any("cifar10 " in command for command in given[first:])
 
 
+def test_a_list_deletes_nothing(kit):
+    """Catches `list dry` that begins as a run of dry does, by deleting what another one has made."""
+    made = kit.folder / "runs/dry/made"
+    made.parent.mkdir(parents=True)
+    made.touch()
+    _, printed, status = kit.run("list", "dry", "fig3")
+    assert status == 0 and "train.py" in printed and made.exists()
+
+
 @pytest.mark.parametrize("lanes", ["1", "2"])
 def test_a_stage_that_dies_ends_its_chain_alone(kit, lanes):
     """Catches a stage killed for memory that is taken for Ctrl-C and stops all, one that is not named with
