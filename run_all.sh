@@ -229,17 +229,11 @@ theoretical() {                                             # METHOD NOISE NAME 
 # Beyond the paper: real images become clean, and what omega does to them. CIFAR10=..., or a download.
 real() {
     local noise omega
-    ROOT=runs/real REPORT="--tables real" SIZE=16 STEPS=800 N=1000
+    ROOT=runs/real REPORT="--tables real" SIZE=16 STEPS=800 FULL="heun 18" N=1000
     TRAIN="--preset small --batch 64 --lr 1e-3 --ema 0.995 --precondition --weighting edm"
     for noise in "0.9 0.2" "0 0"; do
-        model cifar10 ddpm $noise seed0 --seed 0
-        samples heun 18
-        judge
-        for omega in 2 8; do
-            model cifar10 adv $noise "omega$omega-seed0" --seed 0 --omega $omega
-            samples heun 18
-            judge
-        done
+        one cifar10 ddpm $noise seed0 --seed 0
+        for omega in 2 8; do one cifar10 adv $noise "omega$omega-seed0" --seed 0 --omega $omega; done
     done
 }
 
@@ -271,7 +265,7 @@ along() {                                                   # METHOD SEED NAME [
 
 # asking: the scale of all eight; their models of equal flags are the same ones.
 asking() {
-    ROOT=runs/questions REPORT="--tables questions" STEPS=250 N=500 N_ATTACK=64
+    ROOT=runs/questions REPORT="--tables questions" STEPS=250 FULL="heun 18" N=500 N_ATTACK=64
     TRAIN="$TRAIN --ema 0.99" RAN="ran --omega 2 --lam 0.762" ADV="adv --omega 2 --lam 0.3"     # alike at the optimum
 }
 
@@ -280,9 +274,7 @@ asked() {
     local name="${*:5} --steps $STEPS --seed $3"
     name=${name//--/}
     name=${name# }
-    model "$1" "$4" $2 "${name// /-}" --seed "$3" "${@:5}"
-    samples heun 18
-    judge
+    one "$1" "$4" $2 "${name// /-}" --seed "$3" "${@:5}"
 }
 
 # Compute-matched against noise-aware training. Of p 1, conf1 (all called clean) is ddpm, conf2 the truth.
@@ -532,8 +524,9 @@ stage() { if wanted "$1"; then add "$@"; fi; }
 
 # wanted TARGET: whether it is missing, and the chain does not make it already
 wanted() {
-    case "$ASKED" in *"|$CHAIN $1|"*) return 1 ;; esac
-    ASKED="$ASKED|$CHAIN $1|"
+    local asked=ASKED_${CHAIN//[!a-zA-Z0-9]/_}              # of each chain its own: one for all grows slow
+    case "${!asked:-}" in *"|$1|"*) return 1 ;; esac
+    printf -v "$asked" '%s|%s|' "${!asked:-}" "$1"
     [ $ACTION = plan ] || [ ! -e "$1" ]                     # plan.py says what is there
 }
 
@@ -551,7 +544,7 @@ chains() {
     rm -rf "$WORK"
     mkdir "$WORK"
     : > "$WORK/chains"
-    ASKED=""
+    unset ${!ASKED_@}
     for each in "$@"; do
         REPORT=""
         "$SCALE"
