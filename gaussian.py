@@ -17,6 +17,7 @@ More detail may stay than is said here.
 
 import common                                               # first: it answers Ctrl-C while others load
 
+import functools
 import itertools
 import math
 import time
@@ -289,6 +290,7 @@ def outcome(kept, signal, sigma):
 def lambda_that_leaves(schedule, leave, V, omega):
     """The lambda with which the weakest direction keeps this share of its deviation, to 0.5 %; None outside
     0.001 to 100."""
+    @functools.cache                                        # brentq begins with the ends again
     def excess(log_lam):
         return deviation_kept(schedule, V, lam=math.exp(log_lam), omega=omega)[0] - leave
 
@@ -365,7 +367,8 @@ def main(argv=None):
     if not variances.any():
         raise UserError(f"--data {args.data}: its images do not differ from each other")
     usual = math.sqrt(np.median(variances))
-    if args.noisy and min(sigmas) > 1.5 * usual:
+    possible = [sigma for sigma in sigmas if not args.noisy or sigma <= 1.5 * usual]
+    if not possible:
         raise UserError(f"--noisy: noise of {min(sigmas):g} would be in every direction, and half of those "
                         f"of {args.data} have deviations below {usual:.2g}")
     print(f"{args.data} {args.size}x{args.size}: {how}; deviations of its {len(variances):,} directions from "
@@ -374,7 +377,7 @@ def main(argv=None):
           "best linear network; linear schedule, 1000 DDPM steps, variance large. Images\ndiffer, and may "
           "keep more detail: see --help\n")
     schedule = Schedule.named("linear", 1000)
-    for sigma in [sigma for sigma in sigmas if not args.noisy or sigma <= 1.5 * usual]:
+    for sigma in possible:
         signal = (variances - sigma**2).clip(0) if args.noisy else variances
         V, shown, found = signal + sigma**2, {}, {}
         print(f"{f'noise of {sigma:g}':22}noise left  detail kept   half from  Frechet distance")

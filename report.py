@@ -43,6 +43,7 @@ ATTACKS = ["fgsm", "pgd", "pgd as printed", "eot", "eot as printed", "noise", "d
 PERCENT = [25, 50, 75, 100]                                 # of the sampling steps
 BESIDE = {"FID": "IS", "FD-inception": "IS", "FD-exact": "ρ", "FD-pixels": "noise estimate"}
 QUALITY, NOISE_LEFT = ["distance", "beside"], ["distance", "ρ"]         # see `names_of`
+THREE = "FD-exact", "ρ", "variance kept"
 EXACT = ", closed form"                                     # after the name of a number: gaussian.py's
 DASH = "–"
 
@@ -404,6 +405,21 @@ def show(found):
     return digits(found[0]) + (f" ± {digits(found[1])}" if found[1] is not None else "")
 
 
+def with_form(found, form):
+    """The two of `pair` as text."""
+    return show(found) + (f" ({show(form)})" if form else "")
+
+
+def beside(records, number, where):
+    """A number as text, its closed form in brackets."""
+    return with_form(*pair(records, number, where))
+
+
+def with_forms(numbers):
+    """The head of columns of `beside`."""
+    return [f"{number} (closed form)" for number in numbers]
+
+
 def plain(value):
     """The paper's number as text."""
     return DASH if value is None else f"{value:g}"
@@ -559,12 +575,12 @@ def curves(results, name, panels, xlabel, ylabel="", xscale="log"):
                                         sharey=bool(ylabel), layout="constrained")
     for ax, (title, lines) in zip(axes[0], panels.items()):
         for k, (label, points) in enumerate(lines.items()):
-            method, beside, _ = label.partition(" (")
+            method, bracket, _ = label.partition(" (")
             colour = MODEL_COLOURS.get(method, f"C{k}")
             x, y, deviation = np.array([(x, found[0], found[1] or 0) for x, found, _ in points if found]
                                        or np.empty((0, 3))).T
-            ax.errorbar(x, y, deviation, fmt="o:" if beside else "o-", color=colour, capsize=2, markersize=4,
-                        markerfacecolor="white" if beside else colour, label=label)
+            ax.errorbar(x, y, deviation, fmt="o:" if bracket else "o-", color=colour, capsize=2, markersize=4,
+                        markerfacecolor="white" if bracket else colour, label=label)
             exact = np.array([(x, form[0]) for x, _, form in points if form] or np.empty((0, 2))).T
             ax.plot(*exact, "--", color=colour, label="closed form" if exact.size else None)
         ax.set(xscale=xscale, yscale="log", title=title, xlabel=xlabel)
@@ -906,7 +922,7 @@ def speed(results):
                 seconds = costs[1] and (step * costs[1][0], costs[1][1] and step * costs[1][1])
                 found, form = pairs[0]
                 near = found and form and not reached and abs(found[0] - form[0]) <= form[0] / 5
-                shown = [show(found) + (f" ({show(form)})" if form else "") for found, form in pairs]
+                shown = [with_form(*both) for both in pairs]
                 rows.append([*labels, f"{step:,}", show(costs[0]), show(seconds),
                              show(seconds) if near else "", *shown])
                 reached = reached or near
@@ -914,7 +930,7 @@ def speed(results):
                     lines.setdefault(", ".join(labels), []).append((seconds[0], found, form))
         text += f"{label_of(kind)}, {kind['noise']}. {scale(scored)}\n\n" + markdown(
             ["model", "share", "weighting", "network", "sampling", "steps trained", "a step (× DDPM's)",
-             "seconds", "seconds to quality", *(f"{n} (closed form)" for n in numbers)], rows)
+             "seconds", "seconds to quality", *with_forms(numbers)], rows)
         panels = {number: lines for number, lines in panels.items() if lines}
         text += curves(results, f"speed-{tail}", panels, "seconds of training") + "\n"
     return "Time to quality (beyond the paper)", (
@@ -958,8 +974,7 @@ def model_name(where):
 
 def optimum(results):
     """Networks on subspace data beside what gaussian.py says of the method: how far their training came."""
-    numbers, names = ("FD-exact", "ρ", "variance kept"), (
-        "data", "size", "noise", "method", "lam", "odd", "tuned", "step", "sampler", "steps", "rule")
+    names = "data", "size", "noise", "method", "lam", "odd", "tuned", "step", "sampler", "steps", "rule"
     found, rows, at = {}, [], 0
     for r in results.scores:                                # those left out of other tables among them
         if "rule" in r and not r["attack"]:
@@ -967,7 +982,7 @@ def optimum(results):
             way = tuple(r[name] for name in names)
             found.setdefault((way, r["seed"]), dict(r, cell=way))
     for where in distinct(found := [*found.values()], *names):
-        pairs = [pair(found, n, where) for n in numbers]
+        pairs = [pair(found, n, where) for n in THREE]
         ours, form = pairs[0]
         reached = ours and form and abs(ours[0] - form[0]) <= max(form[0] / 20, ours[1] or 0)
         ratio = digits(ours[0] / form[0]) if ours and form and form[0] else DASH
@@ -976,7 +991,7 @@ def optimum(results):
                      f"{sampler_name(where['sampler'])} {where['steps']}", ratio,
                      *(f"{show(ours)} ({show(form)})" for ours, form in pairs), where["rule"]])
     header = ["data", "training data", "model", "steps trained", "sampling", "FD-exact over its closed form",
-              *(f"{n} (closed form)" for n in numbers), "rule"]
+              *with_forms(THREE), "rule"]
     return "The closed form (beyond the paper): how near training is to the method's optimum", (
         f"{scale(found)} {at} of the {len(rows)} are at the optimum (bold: FD-exact within 5 % of its closed "
         "form, or the seeds' deviation). Of adv it is the fixed point of network and adversary; the rule for "
@@ -1011,7 +1026,6 @@ def real(results):
 
 ASKED = "odd", "weighting", "precondition", "step"          # what else tells these models apart
 RAN, ADV = 0.762, 0.3                                       # the lambdas that are alike at the optimum
-THREE = "FD-exact", "ρ", "variance kept"
 OMEGAS = [("ran", 2), *(("adv", omega) for omega in (1, 2, 4, 8))]
 
 
@@ -1021,17 +1035,6 @@ def asked(method, noise, omega=2, **more):
     return dict(data="subspace", method=method, noise=noise, lam=dict(ran=RAN, adv=ADV).get(method),
                 flags=None, odd="" if omega == 2 else f"omega is {omega:.1f}", weighting="edm",
                 sampler="heun", steps=18, attack=None, percent=None, trained="whole") | more
-
-
-def beside(records, number, where):
-    """A number as text, its closed form in brackets."""
-    found, form = pair(records, number, where)
-    return show(found) + (f" ({show(form)})" if form else "")
-
-
-def with_forms(numbers):
-    """The head of columns of `beside`."""
-    return [f"{number} (closed form)" for number in numbers]
 
 
 def less(a, b):
