@@ -1270,26 +1270,30 @@ def question7(results, own):
     rows, panels, wheres, moved, distances = [], {}, [], [], []
     numbers = "displacement", "by random signs as large", THREE[0]
     kinds = dict(drift=dict(sampler="ddpm", steps=24, percent=100), trajectory=dict(percent=6))     # 1 of 18
-    for noise, attack, budget in itertools.product((CLEAN, NOISY[1]), kinds, (0.1, 0.25, 0.5, 1)):
+    for noise, attack, budget in itertools.product((CLEAN, NOISY[1]), kinds, (0, 0.1, 0.25, 0.5, 1)):
         odd = ["where is first"] * (attack == "trajectory") + [f"eps_scale is {budget}"] * (budget != 1)
-        ways = [asked(m, noise, attack=attack, odd=", ".join(odd), **kinds[attack])
-                for m in ("ddpm", "ran", "adv")]
+        how = kinds[attack] | dict(attack=attack, odd=", ".join(odd))
+        if budget == 0:                                     # the same images, not attacked
+            how |= dict(attack=None, odd="", percent=0)
+        ways = [asked(m, noise, **how) for m in ("ddpm", "ran", "adv")]
         found = [[cell(own, n, way) for n in numbers] for way in ways]
         if any(each for own_cells in found for each in own_cells):
             for way, (far, signs, distance) in zip(ways, found):
                 name, lines = METHODS[way["method"]], panels.setdefault(f"{attack}, {noise}", {})
                 rows.append([noise, attack, budget, name, show(far), show(signs), show(distance)])
-                lines.setdefault(name, []).append((budget, far, None))
-                lines.setdefault(f"{name} (random signs)", []).append((budget, signs, None))
-            moved.append((found[2][0], found[0][0]))
-            distances.append((found[2][2], found[0][2]))
+                if budget:
+                    lines.setdefault(name, []).append((budget, far, None))
+                    lines.setdefault(f"{name} (random signs)", []).append((budget, signs, None))
+            if budget:
+                moved.append((found[2][0], found[0][0]))
+                distances.append((found[2][2], found[0][2]))
             wheres += ways
     return "Adaptive attacks", (
         "Of these attacks and budgets, Robust_adv's images are moved less far than DDPM's in "
         f"{counted(moved)}, and their FD-exact stays lower in {counted(distances)}.\n\n"
         + markdown(["training data", "attack", "ε-scale", "model", *numbers], rows)
         + "\ndrift: on each of 24 DDPM steps; trajectory: on x_T alone, by the gradient through all 18 Heun "
-        "steps. ε-scale: of the paper's budget. Displacement: rms a pixel.\n"
+        "steps. ε-scale: of the paper's budget; 0: not attacked. Displacement: rms a pixel.\n"
         + curves(results, "question7", panels, "ε-scale", "displacement")), wheres
 
 

@@ -383,6 +383,8 @@ question7() {
         for noise in "0 0" "0.9 0.2"; do
             for method in ddpm "$RAN" "$ADV"; do
                 asked subspace "$noise" $seed $method
+                attacked_by drift-0 --attack drift --steps-attacked 0 --steps 24
+                attacked_by trajectory-0 --attack trajectory --sampler heun --steps-attacked 0
                 for scale in 0.1 0.25 0.5 1; do
                     attacked_by drift-$scale --attack drift --steps-attacked 100% --steps 24 --eps-scale $scale
                 done

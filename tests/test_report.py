@@ -747,6 +747,8 @@ def test_questions_5_to_7(tmp_path):
     assert cells(found, "paper", "DDPM 35", "Robust_adv")[0] == "14.0"
     assert cells(found, "edm", "DDPM 35", "Robust_adv")[0] == "12.0"
     for method, far in (("ddpm", 2.0), ("adv", 1.0)):
+        write_asked(runs, method, 0, numbers=exact(far / 2, 1.0), attack=attacked("drift", 0, 24), steps=24,
+                    sampler="ddpm")
         for scale in (0.25, 1.0):
             for name, how in (("drift", dict(attack=attacked("drift", 100, 24, eps_scale=scale), steps=24,
                                              sampler="ddpm")),
@@ -759,6 +761,7 @@ def test_questions_5_to_7(tmp_path):
     found = answer(asked(tmp_path), 7)
     assert cells(found, "90 % with σ 0.2", "drift", "0.25", "Robust_adv") == ["2.00", "0.500", "3.00"]
     assert cells(found, "90 % with σ 0.2", "drift", "1", "Robust_adv") == ["5.00", "0.500", "6.00"]
+    assert cells(found, "90 % with σ 0.2", "drift", "0", "DDPM") == ["–", "–", "1.00"]
     assert cells(found, "90 % with σ 0.2", "trajectory", "0.25", "DDPM") == ["30.0", "0.500", "31.0"]
     # 2 and 3, 20 and 30: a tenth of each does not bridge them; 5 and 6, 50 and 60 it does.
     assert "less far than DDPM's in 2 of 4 (higher in 0)" in found
