@@ -383,8 +383,8 @@ question7() {
         for noise in "0 0" "0.9 0.2"; do
             for method in ddpm "$RAN" "$ADV"; do
                 asked subspace "$noise" $seed $method
-                attacked_by drift-0 --attack drift --steps-attacked 0 --steps 24
-                attacked_by trajectory-0 --attack trajectory --sampler heun --steps-attacked 0
+                attacked_by drift-0 --attack drift --steps-attacked 0% --steps 24
+                attacked_by trajectory-0 --attack trajectory --sampler heun --steps-attacked 0%
                 for scale in 0.1 0.25 0.5 1; do
                     attacked_by drift-$scale --attack drift --steps-attacked 100% --steps 24 --eps-scale $scale
                 done
@@ -426,12 +426,14 @@ training() {
     RUN=$ROOT/$1/$2-p$3-s$4-$5 OF=$1 SAMPLES=""
     CHAIN=${AFTER:-$RUN}
     prepare "$1"
-    TRAINING="$LAUNCH train.py --data $1 --size $(size "$1") --data-dir $DATA --method $2 --p $3 --sigma $4"
+    TRAINING="$LAUNCH train.py --data $1 --size $PIXELS --data-dir $DATA --method $2 --p $3 --sigma $4"
     case "$2" in ddpm | ambient) ;; *) TRAINING="$TRAINING $REGULARISED" ;; esac
-    TRAINING="$TRAINING --steps $STEPS $TRAIN $(large "$LARGE_TRAIN" "") ${TRAIN_FLAGS:-} ${*:6} --out $RUN"
+    TRAINING="$TRAINING --steps $STEPS $TRAIN"
+    if [ "$1" = lsun_bedroom ]; then TRAINING="$TRAINING $LARGE_TRAIN"; fi
+    TRAINING="$TRAINING ${TRAIN_FLAGS:-} ${*:6} --out $RUN"
 }
 
-# prepare DATA: every chain begins with it; the first one at it does the work.
+# prepare DATA: every chain begins with it; the first one at it does the work. PIXELS: its images' height.
 prepare() {
     local flags source
     if [ "$1" = subspace ]; then
@@ -443,30 +445,31 @@ prepare() {
         source=$(echo "$1" | tr '[:lower:]' '[:upper:]')    # CELEBA=img_align_celeba.zip
         flags=${!source:+--src ${!source}}
     fi
-    stage "$DATA/$1-$(size "$1").json" "$PYTHON" data.py "$1" --size "$(size "$1")" --out "$DATA" $flags
-}
-
-size() {
     case "${SIZE:-$1}" in
-        celeba | imagenet64) echo 64 ;;
-        lsun_bedroom) echo 256 ;;
-        *) echo "${SIZE:-32}" ;;
+        celeba | imagenet64) PIXELS=64 ;;
+        lsun_bedroom) PIXELS=256 ;;
+        *) PIXELS=${SIZE:-32} ;;
     esac
+    stage "$DATA/$1-$PIXELS.json" "$PYTHON" data.py "$1" --size "$PIXELS" --out "$DATA" $flags
 }
-
-# large FLAGS OTHERS: the flags for data of large images, or the others
-large() { if [ "$OF" = lsun_bedroom ]; then echo "$1"; else echo "$2"; fi; }
 
 # model, as training: trains it.
-model() { training "$@"; stage "$RUN/samples-$(printf %08d "$STEPS").png" $TRAINING; }
+model() {
+    local step
+    training "$@"
+    printf -v step %08d "$STEPS"
+    stage "$RUN/samples-$step.png" $TRAINING
+}
 
 # What a step of this training costs here.
 benchmark() { stage "$RUN/benchmark.json" $TRAINING --benchmark; }
 
 # sampled NAME TARGET SCRIPT [flags]: samples of the model as NAME.npz
 sampled() {
+    local flags=$SAMPLE
+    if [ "$OF" = lsun_bedroom ]; then flags=$LARGE_SAMPLE; fi
     SAMPLES="$SAMPLES $RUN/$1.npz"
-    stage "$RUN/$2" $LAUNCH "$3" "$RUN" "${@:4}" $(large "$LARGE_SAMPLE" "$SAMPLE") --out "$RUN/$1.npz"
+    stage "$RUN/$2" $LAUNCH "$3" "$RUN" "${@:4}" $flags --out "$RUN/$1.npz"
 }
 
 # samples SAMPLER STEPS
@@ -558,7 +561,8 @@ plan() { chains "$@" | "$PYTHON" plan.py --devices $((LANES * (GPUS ? GPUS_PER_M
 
 list() {
     chains "$@"
-    while read -r chain; do cut -f 2 "$chain" | paste -s -d '&' - | sed 's/&/ \&\& /g'; done < "$WORK/chains"
+    awk -F '\t' '{ printf "%s%s", (FNR > 1 ? " && " : NR > 1 ? "\n" : ""), $2 } END { if (NR) print "" }' \
+        $(cat "$WORK/chains") /dev/null
 }
 
 # lane K: runs chain after chain that no other lane has taken, on its own GPUs.
