@@ -358,7 +358,7 @@ def main(argv=None):
     """Reads a spectrum, prints tables and advice, draws."""
     args, began = arguments(argv), time.perf_counter()
     images = Images(args.data, args.size, args.data_dir)
-    args.size, sigmas = images.size, [args.sigma] if args.sigma else SIGMAS
+    args.size, sigmas = images.size, [args.sigma] if args.sigma else [*SIGMAS]
     args.out = args.out or Path(f"gaussian-{args.data}-{args.size}.png")
     check_out(args.out)
     if args.out.suffix != ".png":
@@ -367,17 +367,18 @@ def main(argv=None):
     if not variances.any():
         raise UserError(f"--data {args.data}: its images do not differ from each other")
     usual = math.sqrt(np.median(variances))
-    possible = [sigma for sigma in sigmas if not args.noisy or sigma <= 1.5 * usual]
-    if not possible:
-        raise UserError(f"--noisy: noise of {min(sigmas):g} would be in every direction, and half of those "
-                        f"of {args.data} have deviations below {usual:.2g}")
+    impossible = [sigma for sigma in sigmas if args.noisy and sigma > 1.5 * usual]
+    reason = (f"noise of {' and '.join(f'{sigma:g}' for sigma in impossible)} would be in every direction, and "
+              f"half of those of {args.data} have deviations below {usual:.2g}")
+    if impossible == sigmas:
+        raise UserError(f"--noisy: {reason}")
     print(f"{args.data} {args.size}x{args.size}: {how}; deviations of its {len(variances):,} directions from "
           f"{math.sqrt(variances[0]):.3g} to\n{math.sqrt(variances[-1]):.3g}; noise estimate {noise:.3f} "
           "(texture counts as noise). Assumed: Gaussian data, all of them noisy (p = 1);\nRobust_adv, its "
           "best linear network; linear schedule, 1000 DDPM steps, variance large. Images\ndiffer, and may "
-          "keep more detail: see --help\n")
+          "keep more detail: see --help\n" + (f"Left out: {reason}\n" if impossible else ""))
     schedule = Schedule.named("linear", 1000)
-    for sigma in possible:
+    for sigma in [sigma for sigma in sigmas if sigma not in impossible]:
         signal = (variances - sigma**2).clip(0) if args.noisy else variances
         V, shown, found = signal + sigma**2, {}, {}
         print(f"{f'noise of {sigma:g}':22}noise left  detail kept   half from  Frechet distance")

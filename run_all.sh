@@ -398,8 +398,6 @@ question7() {
     done
 }
 
-attacked_by() { sampled "$1" "$1.npz.attack.json" attack.py --num-samples "$N_ATTACK" "${@:2}"; }
-
 # Overhead in time and memory, of the networks that fit.
 question8() {
     local share
@@ -477,10 +475,11 @@ samples() { sampled "$1-$2" "$1-$2.npz" sample.py --sampler "$1" --num-samples "
 
 # attacked "ATTACK [flags]" PERCENT: so many of the sampling steps
 attacked() {
-    local name=${1// --/-}-$2
-    sampled "$name" "$name.npz.attack.json" attack.py --attack $1 --steps-attacked "$2%" \
-        --num-samples "$N_ATTACK" --steps "$ATTACK_STEPS" $ATTACK
+    attacked_by "${1// --/-}-$2" --attack $1 --steps-attacked "$2%" --steps "$ATTACK_STEPS" $ATTACK
 }
+
+# attacked_by NAME [flags]
+attacked_by() { sampled "$1" "$1.npz.attack.json" attack.py --num-samples "$N_ATTACK" "${@:2}"; }
 
 # The scores of the model's samples, in one call. Those of subspace data are exact.
 judge() {

@@ -315,6 +315,18 @@ def test_command(shapes, tmp_path, capsys, monkeypatch):
         assert Path("gaussian-shapes-8.png").stat().st_size > 10_000
 
 
+def test_noise_that_the_images_cannot_have(tmp_path, capsys, monkeypatch):
+    """Catches a sigma of the usual three that is left out without a word, and one left out that is possible."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(gaussian, "LAMBDAS", (0.1,))
+    monkeypatch.setattr(gaussian, "OMEGAS", (2,))
+    prepared(tmp_path, 0.08 * np.random.default_rng(0).standard_normal((100, 3, 4, 4)))
+    gaussian.main("--data mine --size 4 --data-dir . --noisy".split())
+    told = capsys.readouterr().out
+    assert "\nLeft out: noise of 0.2 would be in every direction, and half of those of mine have dev" in told
+    assert re.findall(r"\nnoise of (\S+) +noise left", told) == ["0.05", "0.1"]
+
+
 @pytest.mark.parametrize("flags, line", [
     ("--sigma 0", "--sigma 0.0: must be positive"),
     ("--leave 0", "--leave 0.0: must be from 0.01 to 1"),
