@@ -384,13 +384,13 @@ question7() {
             for method in ddpm "$RAN" "$ADV"; do
                 asked subspace "$noise" $seed $method
                 attacked_by drift-0 --attack drift --steps-attacked 0% --steps 24
-                attacked_by trajectory-0 --attack trajectory --sampler heun --steps-attacked 0%
+                attacked_by trajectory-0 --attack trajectory --sampler heun --steps 18 --steps-attacked 0%
                 for scale in 0.1 0.25 0.5 1; do
                     attacked_by drift-$scale --attack drift --steps-attacked 100% --steps 24 --eps-scale $scale
                 done
                 for scale in 0.25 1; do
                     attacked_by trajectory-$scale --attack trajectory --iters 5 --eps-scale $scale \
-                        --sampler heun --steps-attacked 1 --where first
+                        --sampler heun --steps 18 --steps-attacked 1 --where first
                 done
                 judge
             done
