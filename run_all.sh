@@ -660,7 +660,7 @@ set_up() {
 # The tests in two halves side by side, each about a minute: what needs two processes shares one torchrun.
 run_tests() {
     local half=0 rest=0 pair
-    pair=$(grep -l two_processes tests/test_*.py)
+    pair=$(grep -l '^def two_process_jobs' tests/test_*.py)
     TEMPORARY=$(mktemp)
     set -m                                                  # or they would ignore Ctrl-C, which some test
     "$PYTHON" -m pytest -q $pair > "$TEMPORARY" 2>&1 &

@@ -28,6 +28,7 @@ from data import Images
 from unet import PRESETS, Schedule, UNet
 
 TINY = dict(channels=32, res_blocks=1, mult=(1, 2), attn=(4,), heads=2)
+TINIEST = TINY | dict(mult=(1,), attn=(8,))                 # where what is around the network is tested
 
 
 def difference(a, b):
@@ -759,8 +760,8 @@ def test_sampler_reproduces_a_known_gaussian():
 def test_sampler_and_attacks_neither_wait_for_the_device_nor_mix_devices(name, sampler, on_meta):
     """As for a training step: the whole loop on the meta device, attacked and measured."""
     full = Schedule.named("linear", 100)
-    network = UNet(size=8, learn_sigma=True, sigma_data=0.5, schedule=full, **TINY).to(on_meta)
-    schedule = full.respaced(4).to(on_meta)
+    network = UNet(size=8, learn_sigma=True, sigma_data=0.5, schedule=full, **TINIEST).to(on_meta)
+    schedule = full.respaced(3).to(on_meta)
     hook = attacking(name, {0, 2}, network, schedule, range(2), "learned", (-1.0, 1.0), sampler,
                      iters=1, eot=2)
     noise = common.image_noise("sample", 0, range(2), (3, 8, 8), on_meta)
@@ -916,7 +917,7 @@ def test_attacks_by_hand(name, sampler, variance, as_printed):
 @pytest.fixture(scope="module")
 def network():
     """A tiny U-Net with random weights, whose parameters ask for gradients."""
-    return randomised(UNet(size=8, **TINY)).eval()
+    return randomised(UNet(size=8, **TINIEST)).eval()
 
 
 @pytest.mark.parametrize("name", ["fgsm", "pgd", "eot", "drift", "trajectory"])

@@ -379,7 +379,7 @@ def test_every_chain_has_its_gpus(kit, scale, environment, expected):
 def test_the_tests_run_in_two_halves(kit):
     """Catches a test file that no half runs, or both, and a failure of either half that is not the status."""
     (kit.folder / "tests").mkdir()
-    for name, text in (("test_a", "two_processes"), ("test_b", ""), ("test_ab", ""), ("other", "")):
+    for name, text in (("test_a", "def two_process_jobs"), ("test_b", ""), ("test_ab", ""), ("other", "")):
         (kit.folder / "tests" / f"{name}.py").write_text(text)
     (kit.folder / "stubs" / "pytest.py").write_text("")
     for fail, status in (("none", 0), ("-q tests/test_a.py", 137), ("-q test_core.py", 137)):

@@ -15,10 +15,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch                                                # noqa: E402
 
+import train                                                # noqa: E402
 from common import UserError, start_processes               # noqa: E402
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    train.GRID = 4                                          # images: seconds saved
     folder, results = Path(sys.argv[1]), {}
     process = start_processes()
     for name, script, argv in json.loads((folder / "jobs.json").read_text()):
