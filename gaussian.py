@@ -30,7 +30,7 @@ from scipy.special import gammaln, ndtr
 
 from common import (POSITIVE, UserError, check_out, check_ranges, command_line, noise_estimate, parser_of,
                     pyplot, save_figure)
-from data import Images
+from data import CORRUPTIONS, Images, corrupt
 from unet import Schedule
 
 MEAN_1_BETA = math.log(4) / 1.5                             # E[1 / beta], beta ~ U[0.5, 2]
@@ -161,27 +161,66 @@ def sampled_covariance(schedule, A, steps=None, sampler="ddpm", variance="large"
 
 # ------------------------------------------------------------------------------- beside what others measure
 
-def of_samples(scale, variances, count):
-    """The mean Frechet distance of `count` draws of N(0, variances [k]) to N(0, scale^2), scale [k]: that of
-    the distributions, and what so few draws add. By simulation, the same every time."""
-    rng, found = np.random.default_rng(0), []
-    for _ in range(max(4, 40_000 // count)):
-        x = rng.standard_normal((count, len(scale))) * np.sqrt(variances)
-        S = np.cov(x, rowvar=False)
-        overlap = np.sqrt(np.linalg.eigvalsh(scale[:, None] * S * scale).clip(0))
-        found.append((x.mean(axis=0)**2).sum() + np.trace(S) + (scale**2).sum() - 2 * overlap.sum())
-    return float(np.mean(found))
+def frechet(scale, mean, C):
+    """The Frechet distance of N(mean [k], C [k, k]) to N(0, scale^2), scale [k]."""
+    overlap = np.sqrt(np.linalg.eigvalsh(scale[:, None] * C * scale).clip(0))
+    return (mean**2).sum() + np.trace(C) + (scale**2).sum() - 2 * overlap.sum()
+
+
+def of_samples(scale, mean, C, count):
+    """The mean `frechet` of `count` draws of N(mean, C): that of the distributions, and what so few draws
+    add. By simulation, the same every time."""
+    rng, root = np.random.default_rng(0), np.linalg.cholesky(C + 1e-12 * np.eye(len(C)))
+    draws = (mean + rng.standard_normal((count, len(C))) @ root.T for _ in range(max(4, 40_000 // count)))
+    return float(np.mean([frechet(scale, x.mean(axis=0), np.cov(x, rowvar=False)) for x in draws]))
+
+
+def corrupted_moments(truth, corruption, sigma):
+    """Mean [D] and covariance [D, D] of subspace images that are all corrupted as `data.corrupt` does it."""
+    mean, root = truth["mean"], truth["scale"][:, None] * truth["components"]       # [D], [k, D]
+    D, side = len(mean), math.isqrt(len(mean) // 3)
+    if corruption == "outliers":
+        return np.zeros(D), np.eye(D) / 3
+    if corruption == "blur":                                # is linear
+        mean, *root = (corrupt(x.reshape(3, side, side), corruption, sigma, None).ravel()
+                       for x in (mean, *root))
+        return mean, np.array(root).T @ np.array(root)
+    same = np.kron(np.ones((3, 3)), np.eye(side * side))    # of impulse: where two values are of one pixel
+    second = root.T @ root + np.outer(mean, mean)
+    second = (1 - sigma)**2 * second + same * sigma * ((1 - sigma) * second + 1)
+    return (1 - sigma) * mean, second - (1 - sigma)**2 * np.outer(mean, mean)
+
+
+def samples_of_kind(schedule, truth, corruption, sigma, sampling, **regulariser):
+    """What a network gives back of subspace images that are all corrupted alike: the samples' mean less the
+    truth's [D], their covariance inside the subspace [k, k], their variance outside, summed.
+
+    sampling: steps, sampler and variance. regulariser: as in `shrinkage`, and its method.
+    """
+    known, D = len(truth["scale"]), len(truth["mean"])
+    if corruption == "gaussian":                            # white: the data's own directions stay apart
+        V, weights = np.append(truth["scale"]**2, 0.0) + sigma**2, np.append(np.ones(known), D - known)
+        C = sampled_covariance(schedule, optimum(schedule, V, weights, **regulariser), *sampling)
+        return np.zeros(D), np.diag(C[:-1]), (D - known) * C[-1]
+    mean, V = corrupted_moments(truth, corruption, sigma)
+    V, directions = np.linalg.eigh(V)                                               # [D], [D, D]
+    V = V.clip(1e-8)                                        # blurred images have no variance in most of them
+    C = V * deviation_kept(schedule, V, sampling=sampling, **regulariser)**2
+    inside = truth["components"] @ directions                                       # [k, D]
+    inside = inside * C @ inside.T
+    return mean - truth["mean"], inside, C.sum() - np.trace(inside)
 
 
 def predicted(truth, protocol, count=None):
     """What fid.py should find on the samples of a protocol, by its keys: value, fd_inside, fd_outside,
-    rho_mean, psnr, variance_kept; `closed_form` says how: `exact`; of `adv` `fixed point`; or
-    `rule for 0 < p < 1`.
+    rho_mean, psnr, variance_kept; `closed_form` says how: `exact`; of `adv` `fixed point`;
+    `rule for 0 < p < 1`; of other corruptions than Gaussian noise `covariance`, which is all that is seen.
 
     truth: the distribution of the subspace data, as `Images.truth`; count: of the samples, None: so many that
     it adds nothing to the distances. `limit`: value without what it adds. None where there is no closed form:
-    other images, corruptions, methods (`inv` lives on its clamp) or a learned variance, an attack, no
-    protocol of ours. Left out: the clamp, and the mean of x_T, which is 0 and not 0.006 of the data's.
+    other images, methods (`inv` lives on its clamp) or a learned variance, an attack, no protocol of ours,
+    other corruptions of large images. Left out: the clamp, and the mean of x_T, which is 0 and not 0.006 of
+    the data's.
 
     Rule: a network that can tell clean images from corrupted ones, as the many directions outside the
     subspace let it, filters each as its own kind. (Where it cannot, take the data's overall covariance.)
@@ -190,14 +229,16 @@ def predicted(truth, protocol, count=None):
     (p = 1) did not keep to it at t < 30: a few directions drew Eq. 8's signs to themselves, and the others
     kept more noise.
     """
+    D, known = len(truth["mean"]), len(truth["scale"])
     try:
         config, steps, attack = (protocol[key] for key in ("config", "steps", "attack"))
         training, data, process = (config[key] for key in ("training", "data", "process"))
         regulariser = {key: training[key] for key in ("method", "lam", "lam_units", "omega", "gamma")}
         T, p, sigma, how = (process["timesteps"], data["p"], data["sigma"],
                             (protocol["sampler"], protocol["variance"]))
+        corruption = data.get("corruption", "gaussian")
         if (regulariser["method"] not in ("ddpm", "ran", "adv") or attack or data["name"] != "subspace"
-                or data.get("corruption", "gaussian") != "gaussian"
+                or corruption not in CORRUPTIONS or (corruption != "gaussian" and D > LARGEST)
                 or how not in (("ddpm", "large"), ("ddpm", "small"), ("ddim", None), ("heun", None))
                 or not isinstance(steps, int) or not 2 <= steps <= T <= MAX_T or not 0 <= p <= 1
                 or min(sigma, *(regulariser[key] for key in ("lam", "omega", "gamma"))) < 0):
@@ -205,28 +246,30 @@ def predicted(truth, protocol, count=None):
         schedule = Schedule.named(process["schedule"], T)
     except (KeyError, TypeError, UserError):                # a foreign protocol may hold anything
         return None
-    true, D = truth["scale"]**2, len(truth["mean"])
-    outside = D - len(true)                                 # directions that the clean data do not have
+    outside = max(1, D - known)                             # directions that the clean data do not have
     chi = math.sqrt(2) * math.exp(gammaln((outside + 1) / 2) - gammaln(outside / 2))    # mean norm of N(0, I)
-    kept, left, rho = 0.0, 0.0, 0.0
-    for share, noise in ((p, sigma**2), (1 - p, 0.0)):
+    mean, C, beside, rho = np.zeros(known), np.zeros((known, known)), 0.0, 0.0
+    for share, kind, level in ((p, corruption, sigma), (1 - p, "gaussian", 0.0)):
         if share:
-            V = np.append(true, 0.0) + noise
-            A = optimum(schedule, V, np.append(np.ones(len(true)), outside), **regulariser)
-            C = sampled_covariance(schedule, A, steps, *how)
-            kept, left = kept + share * C[:-1], left + share * C[-1]
-            rho += share * math.sqrt(C[-1]) * chi
-    inside, beside = float(((np.sqrt(kept) - truth["scale"])**2).sum()), float(outside * left)
-    limit = inside + beside
-    if count and math.isfinite(limit):
-        inside = of_samples(truth["scale"], kept, count)
-    found = {"value": inside + beside, "limit": limit, "fd_inside": inside, "fd_outside": beside,
+            shift, own, left = samples_of_kind(schedule, truth, kind, level, (steps, *how), **regulariser)
+            along = truth["components"] @ shift                                     # [k]
+            left += (shift**2).sum() - (along**2).sum()     # about the true mean, as rho is
+            mean, C = mean + share * along, C + share * (own + np.outer(along, along))
+            beside, rho = beside + share * left, rho + share * math.sqrt(left / outside) * chi
+    C, beside = C - np.outer(mean, mean), float(beside)
+    if not np.abs(C).max() < 1e30:                          # of numbers that nobody trains with
+        return None
+    inside = limit = float(frechet(truth["scale"], mean, C))
+    if count:
+        inside = of_samples(truth["scale"], mean, C, count)
+    found = {"value": inside + beside, "limit": limit + beside, "fd_inside": inside, "fd_outside": beside,
              "rho_mean": float(rho), "psnr": 10 * math.log10(4 / max(beside / D, 1e-12)),
-             "variance_kept": float(kept.sum() / true.sum())}
-    if not np.isfinite([*found.values()]).all():            # of numbers that nobody trains with
+             "variance_kept": float(np.trace(C) / (truth["scale"]**2).sum())}
+    if not np.isfinite([*found.values()]).all():
         return None
     how = "fixed point" if regulariser["method"] == "adv" else "exact"
-    return found | {"closed_form": how if p in (0, 1) or not sigma else "rule for 0 < p < 1"}
+    how = how if p in (0, 1) or not sigma else "rule for 0 < p < 1"
+    return found | {"closed_form": how if corruption == "gaussian" else "covariance"}
 
 
 def predicted_plane(covariance, inside, scale, noise, schedule, **regulariser):
@@ -263,14 +306,15 @@ def spectrum(images):
     return variances, f"{how} of {count:,} of the {len(images):,} images", noise
 
 
-def deviation_kept(schedule, V, method="adv", **regulariser):
+def deviation_kept(schedule, V, method="adv", sampling=(), **regulariser):
     """Of the directions of training data with variances V [D], ascending: the samples' deviations over them
     [D]. Directions whose variances are within 10 % are taken for alike, and between such kinds it is
-    interpolated."""
+    interpolated. sampling: what `sampled_covariance` takes of it."""
     _, kind, count = np.unique(np.floor(10 * np.log(V / V[0])), return_inverse=True, return_counts=True)
     mean = np.bincount(kind, V) / count                                             # [kinds]
     A = optimum(schedule, mean, count, method, **regulariser)
-    return np.interp(np.log(V), np.log(mean), np.sqrt(sampled_covariance(schedule, A) / mean))
+    C = sampled_covariance(schedule, A, *sampling)
+    return np.interp(np.log(V), np.log(mean), np.sqrt(C / mean))
 
 
 def outcome(kept, signal, sigma):
@@ -368,8 +412,8 @@ def main(argv=None):
         raise UserError(f"--data {args.data}: its images do not differ from each other")
     usual = math.sqrt(np.median(variances))
     impossible = [sigma for sigma in sigmas if args.noisy and sigma > 1.5 * usual]
-    reason = (f"noise of {' and '.join(f'{sigma:g}' for sigma in impossible)} would be in every direction, and "
-              f"half of those of {args.data} have deviations below {usual:.2g}")
+    reason = (f"noise of {' and '.join(f'{sigma:g}' for sigma in impossible)} would be in every direction, "
+              f"and half of those of {args.data} have deviations below {usual:.2g}")
     if impossible == sigmas:
         raise UserError(f"--noisy: {reason}")
     print(f"{args.data} {args.size}x{args.size}: {how}; deviations of its {len(variances):,} directions from "
