@@ -31,12 +31,13 @@ def add_arguments(parser):
     """The flags of train.py for what is beyond the paper."""
     add = parser.add_argument_group("beyond the paper (see beyond.py)").add_argument
     add("--reg-share", type=float, default=1.0, help="share of the batch on which the regulariser is "
-        "computed, 1, 1/2, 1/3 ...: a step costs (3 + 5 share) / 3 of DDPM's (default 1, the paper's)")
+        "computed, 1, 0.5, 0.333 ...: a step of adv takes (3 + 5 share) / 3 of the passes of DDPM's (default "
+        "1, the paper's)")
     add("--precondition", action="store_true", help="Karras et al.'s parametrisation of the network, for the "
         "data set's sigma_data: the same minimiser, learnt in far fewer steps")
     add("--corruption", choices=CORRUPTIONS, default="gaussian", help="what befalls a share --p of images: "
-        "the paper's noise (default); a share --sigma of the pixels black or white; uniform noise in the image's "
-        "place, without --sigma; or blur of deviation 10 --sigma pixels")
+        "the paper's noise (default); a share --sigma of the pixels black or white; uniform noise in the "
+        "image's place, without --sigma; or blur of deviation 10 --sigma pixels")
     add("--weighting", choices=WEIGHTINGS, default="paper", help="of the loss at t: the paper's sum "
         "(default), that divided by 1 + c_t, or by 1 + c_t with EDM's t and weights. The same minimiser")
 
@@ -45,8 +46,8 @@ def rounded_share(reg_share, batch, world):
     """--reg-share as exactly 1, 1/2, 1/3 ... UserError if it is none, or not whole rows of every process's
     batch."""
     every = round(1 / reg_share)
-    if reg_share > 1 or abs(every * reg_share - 1) > 1e-2 or batch % (world * every):
-        raise UserError(f"--reg-share {reg_share}: must be 1, 1/2, 1/3 ..., and whole images of each of the "
+    if reg_share > 1 or abs(every * reg_share - 1) > 2e-2 or batch % (world * every):
+        raise UserError(f"--reg-share {reg_share}: must be 1, 0.5, 0.333 ..., and whole images of each of the "
                         f"{world} process(es)' part of --batch {batch}")
     return 1 / every
 

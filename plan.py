@@ -56,23 +56,15 @@ def parsed(arguments, argv):
         return arguments(argv)
 
 
-def sampling_arguments(argv):
-    """The flags of a sample.py command."""
-    parser = parser_of(sample.__doc__)
-    sample.add_arguments(parser)
-    return parser.parse_args(argv)
-
-
-def training_passes(args):
-    """Forward passes that a train.py command comes to."""
-    return args.steps * args.batch * (3 + REGULARISER[args.method] * args.reg_share)
+def training_passes(args, steps):
+    """Forward passes that so many steps of a train.py command come to."""
+    return steps * args.batch * (3 + REGULARISER[args.method] * args.reg_share)
 
 
 def sampling_passes(args, timesteps, attacked=None):
     """The same of a sample.py command, or, with `attacked` such as "25%", of an attack.py command, which
     follows the undisturbed trajectory and the control besides."""
-    most = dict(ddpm=timesteps, ddim=min(250, timesteps), heun=min(18, timesteps))
-    steps = args.steps or most[args.sampler]
+    steps = args.steps or sample.default_steps(args.sampler, timesteps)
     passes = 2 * steps - 1 if args.sampler == "heun" else steps
     if attacked is not None:
         count = attack.attacked_count(attacked, steps)
@@ -115,8 +107,9 @@ def speeds(config, flops, batch, amp, process):
 
 
 def work_of(lines, device):
-    """The commands of run_all.sh -> for each that is counted a dict: table, done, model (whether it trains
-    one), images, passes, bytes, and the key and configuration of its network with its largest batch."""
+    """The commands of run_all.sh -> for each that is counted a dict: table, done, training (whether it is
+    one), model (and begins one), images, passes, bytes, and the key and configuration of its network with its
+    largest batch. What a training has done before its target is there is not seen."""
     runs, found = {}, []
     for line in lines:
         table, target, command = line.rstrip("\n").split("\t")
@@ -128,16 +121,19 @@ def work_of(lines, device):
             config = configured(args)
             network = json.dumps(config["network"], sort_keys=True)
             flops, weights = arithmetic(network, device)
-            run = runs[str(args.out)] = dict(config=config, flops=flops, network=network,
+            there = runs.get(str(args.out), {"steps": 0})       # the same run, by an earlier command
+            run = runs[str(args.out)] = dict(config=config, flops=flops, network=network, steps=args.steps,
                                              batch=min(args.microbatch or args.batch, args.batch))
-            own = dict(model=True, images=0, passes=training_passes(args), bytes=2 * 4 * OPTIMISER * weights)
+            own = dict(training=True, model=there["steps"] == 0, images=0,
+                       passes=training_passes(args, args.steps - there["steps"]),
+                       bytes=2 * 4 * OPTIMISER * weights if there["steps"] == 0 else 0)
         elif name in ("sample.py", "attack.py"):
-            args = parsed(attack.arguments if name == "attack.py" else sampling_arguments, argv)
+            args = parsed((attack if name == "attack.py" else sample).arguments, argv)
             run = runs[str(args.run)]
             config = run["config"]
             passes = sampling_passes(args, config["process"]["timesteps"],
                                      getattr(args, "steps_attacked", None))
-            own = dict(model=False, images=args.num_samples, passes=passes,
+            own = dict(training=False, model=False, images=args.num_samples, passes=passes,
                        bytes=3 * args.num_samples * config["network"]["size"]**2)
         else:
             continue
@@ -170,7 +166,7 @@ def main(argv=None):
     for table in dict.fromkeys(each["table"] for each in work):
         own = [each for each in work if each["table"] == table]
         left = [each for each in own if not each["done"]]
-        hours = sum(each["passes"] * each["flops"] / speed[each["key"]][0 if each["model"] else 1]
+        hours = sum(each["passes"] * each["flops"] / speed[each["key"]][0 if each["training"] else 1]
                     for each in left) / 3600 / args.devices
         row = [sum(each["model"] for each in left), sum(each["model"] and each["done"] for each in own),
                sum(each["images"] for each in left), sum(each["passes"] for each in left) / 1e6, hours,
@@ -179,7 +175,8 @@ def main(argv=None):
         print(line_of(table, row))
     print(line_of("all", total))
     print(f"\nHours on {args.devices} {process.device.type} device(s) of this machine, where nothing else "
-          "runs; a table's are without what an earlier one makes.\nNot counted: data sets, scores, sample "
+          "runs; a table's are without what an earlier one makes. A training that\nhas begun is counted whole. "
+          "Not counted: data sets, scores, sample "
           "grids, toy3d.py, and the few seconds in which a command starts.")
 
 

@@ -956,7 +956,7 @@ def evaluations(results):
                 n = 2 * n - 1 if sampler == "Heun" else n
                 found, form = pair(own, number, each)
                 panels.setdefault(name, {}).setdefault(sampler, []).append((n, found, form))
-                lines.setdefault((sampler, n), {})[name] = f"{show(found)} ({show(form)})"
+                lines.setdefault((sampler, n), {})[name] = with_form(found, form)
         if panels:
             text += f"{label_of(kind)}, {kind['noise']}. {scale(sum(models.values(), []))}\n\n" + markdown(
                 ["sampler", "evaluations", *(f"{name}: {number} (closed form)" for name in panels)],
@@ -989,7 +989,7 @@ def optimum(results):
         ratio, at = (f"**{ratio}**", at + 1) if reached else (ratio, at)
         rows.append([label_of(where), where["noise"], model_name(where), f"{where['step']:,}",
                      f"{sampler_name(where['sampler'])} {where['steps']}", ratio,
-                     *(f"{show(ours)} ({show(form)})" for ours, form in pairs), where["rule"]])
+                     *(with_form(*both) for both in pairs), where["rule"]])
     header = ["data", "training data", "model", "steps trained", "sampling", "FD-exact over its closed form",
               *with_forms(THREE), "rule"]
     return "The closed form (beyond the paper): how near training is to the method's optimum", (
@@ -1003,9 +1003,10 @@ def optimum(results):
 def real(results):
     """Beyond the paper: what models of the same images leave of the noise, and how that looks."""
     text, names = "", ("lam", "method", "odd", "tuned", "step", "sampler", "steps")
-    for kind, tail in kinds_of(results.scores):
+    scores = [r for r in results.scores if "measures" in r]        # of models of train.py
+    for kind, tail in kinds_of(scores):
         own = [dict(r, cell=tuple(r[name] for name in names))
-               for r in matching(results.scores, kind | dict(attack=None, flags=None))]
+               for r in matching(scores, kind | dict(attack=None, flags=None))]
         results.shown |= {r["path"] for r in own}
         numbers, rows, pictures = names_of(own, kind, QUALITY), [], []
         for where in distinct(own, *names):

@@ -10,11 +10,14 @@
 #   bash run_all.sh dry                    every command of paper and day for two steps on shrunken data and networks
 #   bash run_all.sh test                   the tests
 #
-# Tables: pictures cost toy fig3 table1 table2 fig6 fig7 fig8 table4 table5 (fig. 4, 5, 12 to 24 come with them), and,
-# only where they are asked for, those that are beyond the paper: evaluations, quality against the sampler's cost, and
-# of quick theory, the closed form beside trained networks, speed, seconds of training to a quality, and real, CIFAR-10
-# at 16x16; and question1 to question8, what the paper's readers asked (questions: all eight). They are made one after
-# another, the cheapest first, each followed by report.py.
+# Tables: pictures cost toy fig3 table1 table2 fig6 fig7 fig8 table4 table5 (fig. 4, 5, 12 to 24 come with them). They
+# are made one after another, the cheapest first, each followed by report.py. Beyond the paper, only where asked for:
+#   evaluations               quality against what a sampler costs
+#   theory                    (of quick alone, as all below) trained networks beside their closed form
+#   speed                     seconds of training to a quality
+#   real                      CIFAR-10 at 16x16
+#   question1 ... question8   what the paper's readers asked (questions: all eight)
+#
 # The commands of one model are a chain; chains run side by side. What is there already is skipped: a run that was
 # stopped goes on. A command that fails ends its chain alone.
 #
@@ -618,11 +621,13 @@ end_children() {
 reproduce() {
     trap 'end_children; say "run_all.sh: stopped; the same command goes on" >&2; exit 130' INT TERM HUP
     trap '' PIPE
-    say "run_all.sh $SCALE: $*. $ABOUT. $LANES at a time${DEVICES:+ on $GPUS GPU(s)}, in $ROOT"
+    case " $BEYOND " in *" $1 "*) ABOUT="Beyond the paper" ;; esac
+    say "run_all.sh $SCALE: $*. $ABOUT. $LANES at a time${DEVICES:+ on $GPUS GPU(s)}"
     if [ "$GPUS" != 0 ]; then (ACTION=plan; plan "$@") || say "no plan: plan.py failed"; fi
     for table in "$@"; do
         chains "$table"
         made=$(mkdir -p "$ROOT/logs" 2>&1) || fail "$made"
+        say "$table: in $ROOT"
         lanes=""
         for ((k = 0; k < LANES; k++)); do lane $k & lanes="$lanes $!"; done
         for k in $lanes; do

@@ -152,6 +152,20 @@ def idle_in_sampling(args):
     return [(["variance"], f"on --sampler {args.sampler}")] if args.sampler != "ddpm" else []
 
 
+def default_steps(sampler, T):
+    """The sampling steps of a process of T, where --steps does not say."""
+    return dict(ddpm=T, ddim=min(250, T), heun=min(18, T))[sampler]
+
+
+def arguments(argv=None):
+    """The command line, parsed."""
+    parser = parser_of(__doc__)
+    add_arguments(parser)
+    args = parser.parse_args(argv)
+    say_idle(parser, argv, idle_in_sampling(args))
+    return args
+
+
 def open_job(args):
     """The flags of `add_arguments`, checked, and the checkpoint that they name, as what `generate` takes.
 
@@ -167,7 +181,7 @@ def open_job(args):
     model, schedule, config, step = load_model(args.run, args.raw, args.size, args.heads, args.schedule,
                                                args.timesteps)
     T = len(schedule)
-    steps = args.steps or dict(ddpm=T, ddim=min(250, T), heun=min(18, T))[args.sampler]
+    steps = args.steps or default_steps(args.sampler, T)
     schedule = schedule.respaced_by_noise(steps) if args.sampler == "heun" else schedule.respaced(steps)
     learned, data, network = config["network"]["learn_sigma"], config["data"], config["network"]
     maps = network["channels"] * (network["res_blocks"] + 1) + network["in_channels"] * 2 * NOISE_BLOCK
@@ -434,10 +448,7 @@ class Shards:
 
 def main(argv=None):
     """Samples as the command line says."""
-    parser = parser_of(__doc__)
-    add_arguments(parser)
-    args = parser.parse_args(argv)
-    say_idle(parser, argv, idle_in_sampling(args))
+    args = arguments(argv)
     generate(open_job(args), args.out)
 
 

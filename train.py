@@ -414,6 +414,8 @@ def arguments(argv=None):
         raise UserError(f"--{wrong}")
     if args.corruption == "outliers" and args.sigma:
         raise UserError(f"--sigma {args.sigma:g}: --corruption outliers has no deviation; leave it out")
+    if args.corruption == "outliers" and not args.p:
+        raise UserError("--corruption outliers: --p is needed, the share of the images")
     if args.corruption == "impulse" and args.sigma > 1:
         raise UserError(f"--sigma {args.sigma:g}: is impulse's share of the pixels, from 0 to 1")
     if args.corruption != "gaussian" and args.method == "ambient":
@@ -427,7 +429,8 @@ def arguments(argv=None):
     args.reg_share = beyond.rounded_share(args.reg_share, args.batch, world)
     idle = [] if args.p else [(["data_seed", "corruption"], "without --p")]
     if args.method in ("ddpm", "ambient"):                  # their loss has one term
-        idle.append((["lam", "lam_units", "omega", "gamma", "reg_share"], on))
+        if not args.benchmark:                              # which measures ran and adv too
+            idle.append((["lam", "lam_units", "omega", "gamma", "reg_share"], on))
         if args.weighting == "balanced":                    # by 1 + 0
             idle.append((["weighting"], on))
             args.weighting = "paper"
@@ -555,8 +558,6 @@ def check_same_run(args, there, now):
     def same(name, was, value):
         if name == "init" and was and value:                # two ways to write a path
             return os.path.abspath(str(was)) == os.path.abspath(value)
-        if name == "weighting" and was is None:             # there was another choice, --balance, once
-            return value == "paper" and not there["training"].get("balance")
         return was == value
 
     notes = dict(init=": give the path as before, the file itself is not needed any more",
@@ -678,9 +679,9 @@ def describe(args, config, trainer, images, assumed):
         attention += f", preconditioned for data of deviation {network['sigma_data']:.3g}"
     weighting = "" if args.weighting == "paper" else f", weighting {args.weighting}"
     return (f"data      {args.data} {images.size}x{images.size}, {len(images)} images, {100 * args.p:g} % of "
-            f"them with {'noise' if args.corruption == 'gaussian' else args.corruption} of sigma "
-            f"{args.sigma} (data seed {args.data_seed}); noise estimate "
-            f"{noise:.3f}\nnetwork   {parameters:.2f} M parameters ({origin}), {attention}; "
+            f"them with {'noise' if args.corruption == 'gaussian' else args.corruption}"
+            f"{'' if args.corruption == 'outliers' else f' of sigma {args.sigma}'} (data seed "
+            f"{args.data_seed}); noise estimate {noise:.3f}\nnetwork   {parameters:.2f} M parameters ({origin}), {attention}; "
             f"{config['process']['schedule']} schedule, T = {len(trainer.schedule)}\n"
             f"method    {args.method}{method}{weighting}\n"
             f"training  steps {trainer.step} to {args.steps}, batch {args.batch} on {trainer.process.world} "

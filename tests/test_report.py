@@ -581,7 +581,7 @@ def test_training_images_beside_samples(tmp_path):
 
 def test_real_images_of_every_omega(tmp_path):
     """Catches models of another omega that are left out or averaged with the others, seeds that are not,
-    attacked samples among them, and pictures of other models than the rows name."""
+    attacked samples among them, pictures of other models than the rows name, and images of no model."""
     for name, grey, more in (("ddpm", 10, dict(method="ddpm")), ("usual", 20, {}),
                              ("omega8", 30, dict(omega=8.0)), ("again", 40, dict(seed=1))):
         config = configuration(name="cifar10", size=16, **more)
@@ -590,6 +590,8 @@ def test_real_images_of_every_omega(tmp_path):
         common.save_grid(np.full((16, 16, 16, 3), grey, np.uint8), tmp_path / f"runs/{name}/ddpm-100.png")
     write_score(tmp_path / "runs/usual", configuration(name="cifar10", size=16), "f", suffix="fd-pixels",
                 attack=attacked("fgsm", 100), metric="FD-pixels", value=99.0)
+    (tmp_path / "runs/photos.npz.fd-pixels.json").write_text(json.dumps(dict(
+        metric="FD-pixels", value=98.0, protocol={})))      # a folder of images, of no model
     text, _ = write_report(tmp_path / "runs", "--tables", "real")
     table = section(text, "Real images")
     assert cells(table, "DDPM") == ["600", "DDPM 100", "10.0", "0.500"]

@@ -450,12 +450,13 @@ PLANNED = [                                                 # counted by hand: p
      3 * (30 + 5 * 4)),
     ("attack.py r --attack eot --iters 7 --steps-attacked 1 --steps 10 --num-samples 3 --out a.npz",
      3 * (30 + 8 + 14)),
-    ("attack.py r --steps-attacked 0 --steps 10 --num-samples 3 --out a.npz", 30)]
+    ("attack.py r --steps-attacked 0 --steps 10 --num-samples 3 --out a.npz", 30),
+    ("train.py --size 8 --method adv --steps 15 --batch 8 --reg-share 0.25 --out r", 5 * 8 * (3 + 5 / 4))]
 
 
 def test_plan_counts_passes(tmp_path, monkeypatch, capsys):
-    """Catches a wrong cost of a method, sampler or attack, a network that is not the command's, and work
-    that is done counted as left."""
+    """Catches a wrong cost of a method, sampler or attack, a network that is not the command's, work that is
+    done counted as left, and a run that two commands train counted as two, or from its beginning."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "there").touch()
     lines = [f"one\t{'there' if k == 1 else k}\tpython {command}\n"
@@ -471,8 +472,9 @@ def test_plan_counts_passes(tmp_path, monkeypatch, capsys):
     plan.main(["--devices", "2"])
     printed = capsys.readouterr().out
     flops = work[0]["flops"]
-    sampled = sum(passes for _, passes in PLANNED[2:])
-    hours = (PLANNED[0][1] * flops / 1e9 + sampled * flops / 2e9) / 3600 / 2
+    trained, sampled = (sum(own) for own in ([PLANNED[0][1], PLANNED[-1][1]],
+                                             [passes for _, passes in PLANNED[2:-1]]))
+    hours = (trained * flops / 1e9 + sampled * flops / 2e9) / 3600 / 2
     row = next(line.split() for line in printed.splitlines() if line.startswith("one "))
     assert (row[1], row[2], float(row[5])) == ("1", "1", pytest.approx(hours, abs=0.006))
     with pytest.raises(UserError, match="--no-such-flag"):

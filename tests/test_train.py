@@ -552,19 +552,12 @@ def test_a_data_set_that_was_not_measured(shapes, tmp_path):
 
 
 def test_runs_of_before_go_on(shapes, trained, tmp_path):
-    """A checkpoint that knows no sigma_data, corruption or weighting, by the paper's sum: it goes on, to the
-    bit; one with the weights that there were once is another run."""
+    """A checkpoint that knows no sigma_data and no corruption goes on, to the bit."""
     old = torch.load(trained / "checkpoint-previous.pt", weights_only=True)
-    del old["config"]["network"]["sigma_data"], old["config"]["training"]["weighting"]
-    del old["config"]["data"]["corruption"]
-    for balance in (False, True):
-        old["config"]["training"]["balance"] = balance
-        save_checkpoint(tmp_path / f"run-{balance}" / "checkpoint.pt", old)
-    argv = flags(shapes, tmp_path / "run-False", "--steps", 4, "--save-every", 2)
-    train.main(argv)
-    assert_same(tensors(tmp_path / "run-False"), tensors(trained))
-    with pytest.raises(UserError, match="weighting was None and is now paper"):
-        train.main([*argv, "--out", str(tmp_path / "run-True")])
+    del old["config"]["network"]["sigma_data"], old["config"]["data"]["corruption"]
+    save_checkpoint(tmp_path / "run" / "checkpoint.pt", old)
+    train.main(flags(shapes, tmp_path / "run", "--steps", 4, "--save-every", 2))
+    assert_same(tensors(tmp_path / "run"), tensors(trained))
 
 
 def configured(*argv):
@@ -607,7 +600,7 @@ def test_defaults_are_the_papers():
     ("--batch 65", "--batch 65: shapes has only 64 images"), ("--p 1.5", "--p 1.5: must be from 0 to 1"),
     ("--sigma -1", "--sigma -1"), ("--sigma nan", "--sigma nan"), ("--lr 0", "--lr 0.0: must be positive"),
     ("--steps -5", "--steps -5"), ("--ema 2", "--ema 2"), ("--omega 0.5", "--omega 0.5: must be from 1 to"),
-    ("--microbatch 0", "--microbatch 0"), ("--reg-share 0.3", "--reg-share 0.3: must be 1, 1/2"),
+    ("--microbatch 0", "--microbatch 0"), ("--reg-share 0.3", "--reg-share 0.3: must be 1, 0.5"),
     ("--reg-share 0.0625", "--reg-share 0.0625: .*whole images"), ("--channels 33", "--channels 33"),
     ("--mult 1,2,2,2,2", "--size 8"), ("--heads 7", "--heads 7"), ("--mult 0,1", "--mult 0,1: must be"),
     ("--timesteps -5", "--timesteps -5: must be a whole number from 2"),
@@ -616,11 +609,12 @@ def test_defaults_are_the_papers():
     ("--channels 0", "--channels 0: must be a whole"), ("--dropout 1", "--dropout 1.0: .* from 0 to 0.99"),
     ("--size 0", "--size 0: must be a whole"), ("--res-blocks 99", "--res-blocks 99: .* from 1 to 32"),
     ("--steps " + "9" * 400, "--steps 9*: must be from 1"), ("--lr nan", "--lr nan: must be positive"),
-    ("--reg-share 1.004", "--reg-share 1.004: must be 1, 1/2"),
+    ("--reg-share 1.004", "--reg-share 1.004: must be 1, 0.5"),
     ("--channels 4096 --res-blocks 9", "the network: needs more than .* MiB of memory"),
     ("--preset lsun_bedroom --mult 1,1,2,2,4,4", "--size 8: 6 levels"),
     ("--sigma 0", "--p 0.9 --sigma 0: the one without the other corrupts nothing"),
     ("--corruption outliers", "--sigma 0.2: --corruption outliers has no deviation"),
+    ("--corruption outliers --p 0 --sigma 0", "--corruption outliers: --p is needed"),
     ("--corruption impulse --sigma 2", "--sigma 2: is impulse's share of the pixels"),
     ("--corruption blur --sigma 0", "--p 0.9 --sigma 0: the one without the other corrupts nothing"),
     ("--corruption blur --method ambient", "--corruption blur: --method ambient is told of Gaussian noise"),
