@@ -1242,13 +1242,20 @@ def question5(results, own):
     noises = [noise_name(*kind) for kind in (
         (0.9, 0.2), (0.9, 0.03, "impulse"), (0.1, 0, "outliers"), (0.9, 0.1, "blur"))]
     ways = {noise: [asked(m, noise) for m in ("ddpm", "adv")] for noise in (CLEAN, *noises)}
-    said = {noise: against(*(cell(own, THREE[0], way) for way in ways[noise][::-1])) for noise in noises}
+
+    def said(number):
+        found = {noise: against(*(cell(own, number, way) for way in ways[noise][::-1])) for noise in noises}
+        return "; ".join(f"{word} ({', '.join(noise for noise in noises if found[noise] == word)})"
+                         for word in dict.fromkeys(found.values()))
+
     rows = [[noise, METHODS[way["method"]], *(beside(own, n, way) for n in THREE)]
             for noise, both in ways.items() for way in both]
-    return "Other corruptions", "Robust_adv's FD-exact is, beside DDPM's, " + "; ".join(
-        f"{word} ({', '.join(noise for noise in noises if said[noise] == word)})"
-        for word in dict.fromkeys(said.values())) + ".\n\n" + markdown(
-            ["training data", "model", *with_forms(THREE)], rows), sum(ways.values(), [])
+    return "Other corruptions", (
+        f"Robust_adv's FD-exact is, beside DDPM's, {said(THREE[0])}.\nBy the closed form, which sees nothing but "
+        f"what a corruption does to the images' covariance, it is {said(THREE[0] + EXACT)}. The regulariser can "
+        "but shrink what varies little: it takes away what a corruption adds, and gives back nothing that one "
+        "takes away.\n\n" + markdown(["training data", "model", *with_forms(THREE)], rows)), sum(
+            ways.values(), [])
 
 
 def question6(results, own):

@@ -733,11 +733,14 @@ def test_questions_5_to_7(tmp_path):
     runs = tmp_path / "runs"
     for corruption, p, sigma, ddpm, adv in (("impulse", 0.9, 0.03, 8.0, 4.0), ("outliers", 0.1, 0, 3.0, 6.0),
                                             ("blur", 0.9, 0.1, 5.0, 5.1)):
-        write_asked(runs, "ddpm", ddpm, p, sigma, corruption=corruption)
-        write_asked(runs, "adv", adv, p, sigma, corruption=corruption)
+        forms = ((4.0, 1.0), (5.0, 1.0)) if corruption == "impulse" else (None, None)
+        write_asked(runs, "ddpm", ddpm, p, sigma, corruption=corruption, form=forms[0])
+        write_asked(runs, "adv", adv, p, sigma, corruption=corruption, form=forms[1])
     text = asked(tmp_path)
     assert ("beside DDPM's, not measured (90 % with σ 0.2); lower (90 % with impulse σ 0.03); higher (10 % "
             "outliers); level (90 % with blur σ 0.1).") in answer(text, 5)
+    assert ("covariance, it is not measured (90 % with σ 0.2, 10 % outliers, 90 % with blur σ 0.1); higher (90 "
+            "% with impulse σ 0.03).") in answer(text, 5)
     assert cells(answer(text, 5), "10 % outliers", "Robust_adv") == ["6.00", "1.00", "1.00"]
     assert "Not measured yet." in answer(text, 6) and "Not measured yet." in answer(text, 7)
     for k, (weighting, sampler, steps, method) in enumerate([
