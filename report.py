@@ -955,7 +955,8 @@ def evaluations(results):
                 sampler, n = sampler_name(each["sampler"]), each["steps"]
                 n = 2 * n - 1 if sampler == "Heun" else n
                 found, form = pair(own, number, each)
-                panels.setdefault(name, {}).setdefault(sampler, []).append((n, found, form))
+                line = f"{sampler} sampling"                # DDPM alone is a model, and has its colour
+                panels.setdefault(name, {}).setdefault(line, []).append((n, found, form))
                 lines.setdefault((sampler, n), {})[name] = with_form(found, form)
         if panels:
             text += f"{label_of(kind)}, {kind['noise']}. {scale(sum(models.values(), []))}\n\n" + markdown(
