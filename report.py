@@ -1049,6 +1049,12 @@ def against(a, b):
     return "lower" if less(a, b) else "higher" if less(b, a) else "level" if a and b else "not measured"
 
 
+def compared(numbers, cells, others):
+    """The cells of these numbers beside the others', as text."""
+    return " and ".join(f"its {n} is {against(a, b)} ({show(a)} against {show(b)})"
+                        for n, a, b in zip(numbers, cells, others))
+
+
 def counted(pairs):
     """In how many of [(cell, cell)] the first is below the second, as text."""
     words = [against(a, b) for a, b in pairs if a and b]
@@ -1229,9 +1235,8 @@ def question4(results, own):
     said = "Not measured."
     if len(ends) == 2:
         said = (f"A step of adv costs {digits(ends['adv'][0] / ends['ran'][0])} of one of ran; after as many "
-                "steps, with the λ that are alike at the optimum, " + " and ".join(
-                    f"its {n} is {against(a, b)} ({show(a)} against {show(b)})"
-                    for n, a, b in zip(numbers, ends["adv"][1:], ends["ran"][1:])) + ".")
+                "steps, with the λ that are alike at the optimum, "
+                + compared(numbers, ends["adv"][1:], ends["ran"][1:]) + ".")
     return "Random against adversarial perturbations, by cost", f"{said}\n\n" + markdown(
         ["model", "steps", "a step (× DDPM's)", "cost (steps of DDPM)", *with_forms(numbers)], rows) + curves(
             results, "question4", {n: lines for n, lines in panels.items() if lines},
@@ -1264,13 +1269,13 @@ def question6(results, own):
     wheres = [asked(m, noise_name(0.6, 0.1), weighting=weighting, sampler=sampler, steps=steps)
               for weighting in ("edm", "paper") for sampler, steps in (("heun", 18), ("ddpm", 35))
               for m in ("ddpm", "ran", "adv")]
-    ddpm, _, adv = (cell(own, THREE[0], way) for way in wheres[:3])
+    ddpm, _, adv = ([cell(own, n, way) for n in THREE] for way in wheres[:3])
     rows = [[way["weighting"], f"{sampler_name(way['sampler'])} {way['steps']}", METHODS[way["method"]],
              *(beside(own, n, way) for n in THREE)] for way in wheres]
     return "The method on EDM", (
-        f"On EDM (its network, weighting and sampler) FD-exact is {against(adv, ddpm)} with the method: "
-        f"{show(adv)} against {show(ddpm)}.\n\nTraining data: {noise_name(0.6, 0.1)}; 35 evaluations an "
-        "image, all networks preconditioned.\n\n"
+        "The method on EDM (its network, weighting and sampler), beside DDPM on it: "
+        f"{compared(THREE, adv, ddpm)}.\n\nTraining data: {noise_name(0.6, 0.1)}; 35 evaluations an image, all "
+        "networks preconditioned.\n\n"
         + markdown(["weighting", "sampling", "model", *with_forms(THREE)], rows)), wheres
 
 

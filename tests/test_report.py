@@ -748,7 +748,7 @@ def test_questions_5_to_7(tmp_path):
             ("paper", "ddpm", 35, "adv"), ("edm", "ddpm", 35, "adv"), ("edm", "heun", 9, "adv")]):
         write_asked(runs, method, 20.0 - 2 * k, 0.6, 0.1, weighting=weighting, sampler=sampler, steps=steps)
     found = answer(asked(tmp_path), 6)
-    assert "FD-exact is level with the method: 18.0 against 20.0." in found
+    assert "DDPM on it: its FD-exact is level (18.0 against 20.0) and its ρ is level (1.00 against 1" in found
     assert cells(found, "paper", "DDPM 35", "Robust_adv")[0] == "14.0"
     assert cells(found, "edm", "DDPM 35", "Robust_adv")[0] == "12.0"
     for method, far in (("ddpm", 2.0), ("adv", 1.0)):
