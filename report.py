@@ -1167,7 +1167,7 @@ def question2(results, own):
             f"{beside(own, THREE[0], asked('ddpm', CLEAN))}.\n\n")
     text += markdown(["model", "λ", *with_forms(["ρ, noisy", "FD-exact, noisy", "FD-exact, clean",
                                                  "variance kept, clean"])], rows)
-    if results.plt and rows:
+    if results.plt and any(lines.values()):
         figure, ax = results.plt.subplots(figsize=(6.4, 4.8), layout="constrained")
         for (family, k), line in lines.items():
             y, x = np.array(line or np.empty((0, 2))).T

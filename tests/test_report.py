@@ -773,7 +773,8 @@ def test_questions_5_to_7(tmp_path):
 
 
 def test_charts_are_made_and_linked(tmp_path):
-    """Catches a figure that is linked and not made, or made and not linked, and a leftover temporary file."""
+    """Catches a figure that is linked and not made, or made and not linked, one of nothing, and a leftover
+    temporary file."""
     pytest.importorskip("matplotlib")
     runs = tmp_path / "runs"
     for method in ("adv", "ddpm"):
@@ -794,6 +795,8 @@ def test_charts_are_made_and_linked(tmp_path):
     text += asked(tmp_path)
     assert not [*(tmp_path / "out").glob("question*")]      # none of these is a model of the questions
     runs.rename(tmp_path / "others")
+    write_asked(runs, "adv", 3.0, 1, 0.2)                   # and nothing of clean data
+    assert "question2.png" not in asked(tmp_path)
     for lam, step in ((0.3, 500), (0.3, 900), (0.6, 900)):
         for p in (0, 1):
             write_asked(runs, "adv", 3.0, p, 0.2 * p, rho=1.0, form=(2.0, 1.0), lam=lam, step=step)
