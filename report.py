@@ -584,6 +584,7 @@ def curves(results, name, panels, xlabel, ylabel="", xscale="log"):
             exact = np.array([(x, form[0]) for x, _, form in points if form] or np.empty((0, 2))).T
             ax.plot(*exact, "--", color=colour, label="closed form" if exact.size else None)
         ax.set(xscale=xscale, yscale="log", title=title, xlabel=xlabel)
+        ax.tick_params(which="minor", labelsize=6)          # of less than a decade: they would meet
         if xscale == "linear":
             ax.set_xticks(sorted({x for points in lines.values() for x, *_ in points}))
     axes[0, 0].set_ylabel(ylabel)
