@@ -35,6 +35,7 @@ import stat
 import sys
 import tarfile
 import threading
+import time
 import warnings
 import zipfile
 from pathlib import Path
@@ -789,6 +790,7 @@ def _image_blocks(work, items, size, workers):
             while pending:
                 yield finished()
     except (concurrent.futures.process.BrokenProcessPool, OSError) as error:
+        time.sleep(0.5)                                     # told to end with all others, it is our turn now
         raise UserError("a worker process could not start or was killed, as where memory is short "
                         f"({error}): try fewer than --workers {workers}") from error
 

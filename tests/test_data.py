@@ -848,6 +848,7 @@ def test_terminated_run(tmp_path, monkeypatch, capfd):
     def terminate():
         for process in multiprocessing.active_children():
             os.kill(process.pid, signal.SIGTERM)
+        time.sleep(0.1)                                     # their end may be seen before the signal comes
         os.kill(os.getpid(), signal.SIGTERM)
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     monkeypatch.setattr(sys, "argv", ["data.py"])
