@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ TINY = "--channels 32 --res-blocks 1 --mult 1,2 --attn 4 --heads 2 --size 8 --ba
 
 os.environ["OMP_NUM_THREADS"] = "1"                         # of the processes that tests start
 torch.set_num_threads(1)                                    # small tensors: a second thread only waits
+signal.signal(signal.SIGINT, signal.default_int_handler)    # ignored behind & and nohup; some tests send it
 
 
 @pytest.fixture(scope="session")
