@@ -46,9 +46,9 @@ def rounded_share(reg_share, batch, world):
     """--reg-share as exactly 1, 1/2, 1/3 ... UserError if it is none, or not whole rows of every process's
     batch."""
     every = round(1 / reg_share)
-    if reg_share > 1 or abs(every * reg_share - 1) > 2e-2 or batch % (world * every):
-        raise UserError(f"--reg-share {reg_share}: must be 1, 0.5, 0.333 ..., and whole images of each of the "
-                        f"{world} process(es)' part of --batch {batch}")
+    if every < 2 and reg_share != 1 or abs(every * reg_share - 1) > 2e-2 or batch % (world * every):
+        raise UserError(f"--reg-share {reg_share}: must be 1, 0.5, 0.333 ..., and whole images of each of "
+                        f"the {world} process(es)' part of --batch {batch}")
     return 1 / every
 
 

@@ -176,8 +176,8 @@ def main(argv=None):
     print(line_of("all", total))
     print(f"\nHours on {args.devices} {process.device.type} device(s) of this machine, where nothing else "
           "runs; a table's are without what an earlier one makes. A training that\nhas begun is counted whole. "
-          "Not counted: data sets, scores, sample "
-          "grids, toy3d.py, and the few seconds in which a command starts.")
+          "Not counted: data sets, scores, sample grids, toy3d.py, and the few\nseconds in which a command "
+          "starts.")
 
 
 def line_of(name, row):

@@ -1258,10 +1258,10 @@ def question5(results, own):
     rows = [[noise, METHODS[way["method"]], *(beside(own, n, way) for n in THREE)]
             for noise, both in ways.items() for way in both]
     return "Other corruptions", (
-        f"Robust_adv's FD-exact is, beside DDPM's, {said(THREE[0])}.\nBy the closed form, which sees nothing but "
-        f"what a corruption does to the images' covariance, it is {said(THREE[0] + EXACT)}. The regulariser can "
-        "but shrink what varies little: it takes away what a corruption adds, and gives back nothing that one "
-        "takes away.\n\n" + markdown(["training data", "model", *with_forms(THREE)], rows)), sum(
+        f"Robust_adv's FD-exact is, beside DDPM's, {said(THREE[0])}.\nBy the closed form, which sees nothing "
+        f"but what a corruption does to the images' covariance, it is {said(THREE[0] + EXACT)}. The regulariser "
+        "can but shrink what varies little: it takes away what a corruption adds, and gives back nothing that "
+        "one takes away.\n\n" + markdown(["training data", "model", *with_forms(THREE)], rows)), sum(
             ways.values(), [])
 
 
@@ -1275,8 +1275,8 @@ def question6(results, own):
              *(beside(own, n, way) for n in THREE)] for way in wheres]
     return "The method on EDM", (
         "The method on EDM (its network, weighting and sampler), beside DDPM on it: "
-        f"{compared(THREE, adv, ddpm)}.\n\nTraining data: {noise_name(0.6, 0.1)}; 35 evaluations an image, all "
-        "networks preconditioned.\n\n"
+        f"{compared(THREE, adv, ddpm)}.\n\nTraining data: {noise_name(0.6, 0.1)}; 35 evaluations an image, "
+        "all networks preconditioned.\n\n"
         + markdown(["weighting", "sampling", "model", *with_forms(THREE)], rows)), wheres
 
 

@@ -693,8 +693,9 @@ def test_regulariser_on_a_share_is_unbiased(reg_share, micro, monkeypatch):
 
 def test_a_share_must_be_whole_rows():
     """1, 1/2, 1/3 ... of every process's part; typed decimals are made exact."""
-    assert beyond.rounded_share(0.333, 12, 2) == beyond.rounded_share(0.33, 12, 2) == 1 / 3 and beyond.rounded_share(1.0, 3, 3) == 1
-    for share, batch, world in [(0.3, 30, 1), (0.25, 8, 4), (1.5, 8, 1), (2.0, 8, 1)]:
+    assert beyond.rounded_share(0.333, 12, 2) == beyond.rounded_share(0.33, 12, 2) == 1 / 3
+    assert beyond.rounded_share(1.0, 3, 3) == 1
+    for share, batch, world in [(0.3, 30, 1), (0.99, 30, 1), (0.25, 8, 4), (1.5, 8, 1), (2.0, 8, 1)]:
         with pytest.raises(UserError, match=f"--reg-share {share}: must be 1, 0.5"):
             beyond.rounded_share(share, batch, world)
 
