@@ -667,9 +667,7 @@ run_tests() {
     local half=0 rest=0 pair
     pair=$(grep -l '^def two_process_jobs' tests/test_*.py)
     TEMPORARY=$(mktemp)
-    set -m                                                  # or they would ignore Ctrl-C, which some test
     "$PYTHON" -m pytest -q $pair > "$TEMPORARY" 2>&1 &
-    set +m
     trap 'kill $! 2> /dev/null || true; rm -f "$TEMPORARY"' EXIT
     "$PYTHON" -m pytest -q test_core.py $(printf '%s\n' tests/test_*.py | grep -vxF "$pair") || rest=$?
     wait $! || half=$?

@@ -81,9 +81,7 @@ class Kit:
                            GPUS="0", REAL_PYTHON=sys.executable, COMMANDS=str(self.commands)) | environment
         return subprocess.Popen(
             ["bash", "run_all.sh", *argv], cwd=self.folder, env=os.environ | environment, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
-            # SIGINT is ignored where pytest runs behind &.
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
 
     def run(self, *argv, **environment):
         """-> the commands given, what was printed, the exit status."""
