@@ -4,7 +4,7 @@
     python attack.py runs/cifar10-adv --attack pgd --steps-attacked 25% --out pgd.npz            # Algorithm 3
     python attack.py runs/cifar10-adv --attack eot --as-printed --steps-attacked 25% --out e.npz # Algorithm 4
     python attack.py runs/cifar10-adv --attack drift --steps-attacked 100% --out drift.npz
-    python attack.py runs/cifar10-adv --sampler heun --attack trajectory --steps-attacked 1 --where first \
+    python attack.py runs/cifar10-adv --sampler heun --attack trajectory --steps-attacked 1 --where first \\
         --eps-scale 0.1 --out x_T.npz             # x_T alone, by the gradient through all 35 evaluations
     torchrun --nproc_per_node 8 attack.py RUN --steps-attacked 500 --num-samples 50000 --out fgsm500.npz
 
@@ -416,13 +416,14 @@ def arguments(argv=None):
     add("--steps-attacked", required=True, help="how many of the --steps, or a percentage such as 25%%")
     add("--where", choices=["spread", "first", "last", "random"], default="spread", help="which steps: "
         "evenly spread (default), the first, which are the noisiest, the last, or a random choice")
-    add("--phi", type=float, default=1.0, help="deviation of the random start, in sigma(t) (default 1)")
+    add("--phi", type=float, default=1.0, help="deviation of the random start, in radii of the ball "
+        "(default 1)")
     add("--iters", type=int, default=20, help="N of pgd, eot and trajectory (default 20)")
     add("--eot", type=int, default=5, help="e of Algorithm 4: noise draws an iteration (default 5)")
-    add("--stride", type=float, help="step of pgd, eot and trajectory in units of sigma(t) / N (default "
-        "2.5, which reaches the ball's surface from anywhere in it; the paper prints 1)")
+    add("--stride", type=float, help="step of pgd, eot and trajectory in units of the ball's radius / N "
+        "(default 2.5, which reaches the ball's surface from anywhere in it; the paper prints 1)")
     add("--as-printed", action="store_true", help="Algorithms 3 and 4 as the boxes print them: steps of "
-        "sigma(t) / N, which overwrite delta in 3, and sqrt(alpha_bar) before delta in 4; not 4's cost, "
+        "the radius / N, which overwrite delta in 3, and sqrt(alpha_bar) before delta in 4; not 4's cost, "
         "which does not depend on the network")
     add("--eps-scale", type=float, default=1.0, help="radius of the ball, in sigma(t) (default 1: paper)")
     args = parser.parse_args(argv)

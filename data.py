@@ -134,7 +134,7 @@ class Images:
         if corruption not in CORRUPTIONS or (corruption == "impulse" and sigma > 1):
             raise UserError(f"--corruption {corruption} --sigma {sigma}: {', '.join(CORRUPTIONS)} are known, "
                             "and sigma is impulse's share of the pixels, from 0 to 1")
-        base, split = re.fullmatch("(.*?)(?:-(test|val))?", name).groups()
+        base, split = re.fullmatch("(?s)(.*?)(?:-(test|val))?", name).groups()
         size = SIZES.get(base) if size is None else size
         if size is None:
             raise UserError(f"--data {name}: --size is needed (only {', '.join(SIZES)} have a default)")
@@ -211,8 +211,10 @@ class Images:
             with np.load(self._truth, allow_pickle=False) as file:
                 return {key: file[key] for key in ("mean", "components", "scale")}
         except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
-            raise UserError(f"--data {self.name}: the distribution of subspace only is known "
-                            f"({error})") from error
+            if self.name != "subspace":
+                raise UserError(f"--data {self.name}: of subspace alone the distribution is known") from error
+            raise UserError(f"{self._truth} is missing or damaged ({error}): delete it and run python data.py "
+                            f"subspace --size {self.size} again") from error
 
 
 # --------------------------------------------------------------------------------- images, wherever they lie
@@ -583,7 +585,9 @@ def _cifar10_records(src, split):
     """The binary version of CIFAR-10, a tar(.gz) or folder. Payload: uint8 [32, 32, 3] (after a label byte in
     the file). None where src holds no .bin files."""
     unpacked = None
-    if os.path.isfile(src) and _head(src).startswith(b"\x1f\x8b"):
+    with reading(f"--src {src}"):
+        packed = os.path.isfile(src) and _head(src).startswith(b"\x1f\x8b")
+    if packed:
         with reading(f"--src {src}, which should be a whole zip or tar"), gzip.open(src) as file:
             unpacked = file.read(MAX_BYTES + 1)             # it has 184 MB
         if len(unpacked) > MAX_BYTES:
@@ -672,6 +676,8 @@ def _decode(item, size, crop):
         if not size <= side <= min(width, height):
             raise ValueError(f"{width} x {height} pixels, {side} used, are too few for --size {size}")
         deep = is_deep(image)
+        if deep and "transparency" in image.info:           # Pillow loses it, or compares it with 8 bits
+            raise ValueError("16 bits and a transparent colour: 8 bits or an alpha channel are needed")
         if image.mode == "F":
             raise ValueError("pixels are floating-point numbers, of an unknown range")
         if image.mode.startswith("I"):                      # 16-bit grey, which convert() would clip at 255
@@ -812,6 +818,8 @@ def _subspace_blocks(images, components, count, seed, truth):
     mean = total / len(images)
     variance, vectors = np.linalg.eigh(square / len(images) - np.outer(mean, mean))      # ascending
     variance = variance.clip(0)                             # rounding can leave a null direction negative
+    if variance.sum() < 1e-12:                              # one level of one pixel is more
+        raise UserError(f"--images {images.name}: all its images are the same, which span no subspace")
     scale, basis = np.sqrt(variance[:-components - 1:-1]), vectors.T[:-components - 1:-1]  # [k], [k, D]
     with atomic_write(truth) as temporary:
         np.savez(temporary, mean=mean, components=basis, scale=scale)
@@ -934,8 +942,9 @@ def _settings(args):
 
 def _is_there(settings, folder, src):
     """Whether the data set is prepared. UserError if that was done with other settings."""
-    array, info, _ = prepared_files(settings["name"], settings["size"], folder)
-    if not (os.path.isfile(array) and os.path.isfile(info)):
+    array, info, truth = prepared_files(settings["name"], settings["size"], folder)
+    needed = [array, info, *([truth] if settings["name"] == "subspace" else [])]
+    if not all(map(os.path.isfile, needed)):
         return False
     images = Images(settings["name"], settings["size"], folder)
     differ = [f"{key} {images.info.get(key)!r}, now {value!r}" for key, value in settings.items()

@@ -57,7 +57,7 @@ def open_source(name, size=None, data_dir="data"):
     """SAMPLES or --ref as a Source or as Statistics, else UserError; size: of a data set given by name."""
     path = Path(name)
     if not os.path.exists(name):                            # False for a name too long, too
-        if path.suffix or len(path.parts) != 1:
+        if len(path.parts) != 1 or path.suffix.lower() in (".npy", ".npz", ".zip", ".tar"):
             raise UserError(f"{name}: no such file or folder")
         try:
             return prepared_source(Images(name, size, data_dir), data_dir)
@@ -510,7 +510,7 @@ def cached(source, name, facts, compute):
     def load():
         with reading(f"{cache}, which can be deleted"), np.load(cache, allow_pickle=False) as file:
             return dict(file)
-    if all(gather(cache.exists())):
+    if all(gather(os.path.exists(cache))):                  # False for a name too long, too
         return together(load), True
     arrays = compute()
     if is_first_process():
@@ -654,6 +654,9 @@ def open_pair(path, args):
     if features == "inception" and isinstance(samples, Source) and samples.count < splits:
         raise UserError(f"--splits {splits}: {samples.label} has only {samples.count} images")
     warnings += [source.note for source in sources if source.note]
+    for source in sources:
+        if min(source.size) < 3:
+            raise UserError(f"{source.label} holds images of {source.size}: at least (3, 3) is needed")
     for source in sources if features in DIMENSIONS else ():
         if features == "pixels" and (source.size[0] % 8 or source.size[1] % 8):
             raise UserError(f"--features pixels: {source.size}, of {source.label}, are not multiples of 8")

@@ -236,6 +236,10 @@ def open_both(args):
         raise UserError(f"--features pixels: {needed / 1e9:.0f} GB of them, more than the "
                         f"{MAX_BYTES / 1e9:.0f} kept in memory; {' and '.join(WEIGHTS)} are smaller")
     beside = samples.path.with_name(f"{samples.label}.memorize.json")
+    picture = (args.out or beside).with_suffix(".png")
+    if picture.resolve() == samples.path.with_suffix(".png").resolve():
+        raise UserError(f"--out {args.out}: its picture would take the place of {picture}, SAMPLES' own; "
+                        "another name is needed")
     for suffix in (".json", ".png"):
         check_default_out(args.out and args.out.with_suffix(suffix), beside.with_suffix(suffix))
     return samples, reference, args.out or beside

@@ -3,9 +3,10 @@
     bash run_all.sh plan paper table1       # its commands come on stdin, a line each: table, target, command
 
 A command's work is the passes of one image through its network, counted from the command itself, times the
-arithmetic of a pass, which is counted as it runs once. A backward pass is two forward ones. How much of that
-this machine does in a second is measured, for every network once. Not counted, as they are small beside it:
-data sets, scores, sample grids and toy3d.py.
+arithmetic of a pass, which is counted as it runs once. A backward pass is two forward ones; one, where the
+input's gradient alone is taken, as attacks do. How much of that this machine does in a second is measured,
+for every network once: other work on it meanwhile makes the hours too many. Not counted, as they are small
+beside it: data sets, scores, sample grids and toy3d.py.
 """
 
 import common                                               # first: it answers Ctrl-C while others load
@@ -25,7 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import attack
 import sample
 import train
-from common import UserError, command_line, parser_of, start_processes
+from common import UserError, check_ranges, command_line, parser_of, start_processes
 from data import SIZES
 from unet import UNet
 
@@ -71,7 +72,7 @@ def sampling_passes(args, timesteps, attacked=None):
         protocol = dict(attack=attack.asked_for(args, count), sampler=args.sampler, steps=steps,
                         seed=args.seed)
         forwards, backwards = attack.needed(protocol) if count else (0, 0)
-        passes = (3 if count else 1) * passes + count * (forwards + 2 * backwards)
+        passes = (3 if count else 1) * passes + count * (forwards + backwards)
     return args.num_samples * passes
 
 
@@ -148,6 +149,7 @@ def main(argv=None):
     parser.add_argument("--devices", type=int, default=1, help="GPUs, or lanes of CPU cores, that work side "
                         "by side (default 1)")
     args = parser.parse_args(argv)
+    check_ranges(args, devices=(1, 10**6))
     if sys.stdin.isatty():
         raise UserError("stdin: is a terminal, and run_all.sh's commands are needed: bash run_all.sh plan")
     process, speed = start_processes(join=False), {}

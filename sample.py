@@ -397,11 +397,12 @@ class Shards:
         return False
 
     def measures(self, k):
-        """The measures of an attacked shard, a dict of numbers; None where they are lost or damaged."""
+        """The measures of an attacked shard, a dict of numbers (a broken network's may be NaN); None where
+        they are lost or damaged."""
         try:
             found = json.loads(self.path(k).with_suffix(".json").read_text())
-            return found if all(math.isfinite(value) for value in found.values()) else None
-        except (OSError, ValueError, TypeError, AttributeError, RecursionError):
+            return found if all(isinstance(value, (int, float)) for value in found.values()) else None
+        except (OSError, ValueError, AttributeError, RecursionError):
             return None
 
     def write(self, k, images, measures=None):

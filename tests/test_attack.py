@@ -158,6 +158,16 @@ def test_gradients_that_fake_robustness(function, zero, broken, run, tmp_path, m
     assert f"{zero:.2%} zero everywhere, {broken:.2%} not finite: DO NOT TRUST THIS ATTACK" in said
 
 
+def test_a_cost_that_is_not_finite_is_reported(run, tmp_path, monkeypatch, capsys):
+    """Catches a shard that counts as unfinished for its NaN, and is waited for or made again."""
+    load, broken = sample.load_model, Planted(lambda x: x * math.nan if x.requires_grad else x)
+    monkeypatch.setattr(sample, "load_model", lambda *args: (broken, *load(*args)[1:]))
+    monkeypatch.setattr(sample, "PATIENCE", 0)
+    made_by(attack, run, tmp_path / "a.npz", *COMMON, "--steps-attacked", 1, "--where", "last")
+    assert report_of(tmp_path / "a.npz")["cost_start"] is None
+    assert "not finite: DO NOT TRUST THIS ATTACK" in capsys.readouterr().out
+
+
 def test_sentences_say_where_an_attack_is_none():
     """Means over images and attacked steps of two shards; an attack no better than noise, or that does not
     climb, or that has no gradient, is called that."""

@@ -207,7 +207,7 @@ def test_float_data_is_read_as_it_is(tmp_path):
 @pytest.mark.parametrize("given, expected", [
     (dict(name="cifar10-test"), "python data.py cifar10 --size 32 --split test --out"),
     (dict(name="celeba"), r"python data.py celeba --src \S+ --size 64"),
-    (dict(name="mine"), "--size is needed"),
+    (dict(name="mine"), "--size is needed"), (dict(name="a\nb", size=8), "is not prepared"),
     *[(dict(name="toy", size=8) | bad, "--p .* --sigma .* --data-seed") for bad in (
         dict(p=-0.1), dict(p=1.1), dict(p=np.nan), dict(sigma=-1), dict(sigma=np.inf), dict(data_seed=-1))],
     (dict(name="toy", size=8, corruption="fog"), "--corruption fog --sigma 0.0: gaussian, impulse"),
@@ -472,10 +472,10 @@ MODES = [
     ("8-one.PNG", Image.new("1", (8, 8), 1), (255, 255, 255))]
 
 
-def deep(values, kind):
+def deep(values, kind, **more):
     """An image of 16 or 32 bits a pixel, or of floating-point numbers."""
     file = io.BytesIO()
-    Image.fromarray(values).save(file, kind)
+    Image.fromarray(values).save(file, kind, **more)
     return file.getvalue()
 
 
@@ -641,8 +641,15 @@ def test_subspace(tmp_path, capsys, monkeypatch):
     assert scipy.stats.kstest(a.ravel(), "norm").pvalue > 1e-4
     assert images.low == x.min() < -1 and images.high == x.max() and images.array.dtype == np.float32
     assert images.info["sigma_data"] == pytest.approx(x.std(), rel=1e-6)
-    with pytest.raises(UserError, match="of subspace only"):
+    with pytest.raises(UserError, match="of subspace alone"):
         Images("shapes", 8, tmp_path).truth()
+    lost, before = tmp_path / "subspace-8-truth.npz", images.array.tobytes()
+    lost.unlink()
+    with pytest.raises(UserError, match=f"{lost} is missing or damaged .*data.py subspace --size 8"):
+        images.truth()
+    prepare("subspace", "--size", 8, "--components", 6, "--num-samples", 2500, "--out", tmp_path)
+    images = Images("subspace", 8, tmp_path)
+    assert images.array.tobytes() == before and np.array_equal(images.truth()["scale"], truth["scale"])
     (tmp_path / "subspace-8.json").unlink()
     with pytest.raises(UserError, match="--components 192: must be fewer than the 400 images of shapes "
                                         "and .* 192"):
@@ -681,7 +688,7 @@ def sources(tmp_path_factory):
             "lmdb/data.mdb": b"x", "pq/0.parquet": b"PAR1", "tf/a.tfrecord-00000-of-00001": b"x",
             "python/data_batch_1": b"\x80\4", "rar/a.rar": b"Rar!", "small/1.png": png("red", (64, 64)),
             "npz/x/train_data_batch_1.npz": WHOLE, "objects.npy": PICKLED.getvalue(), "torch.pt": b"\x80\2",
-            "12bit/1.png": deep(grey, "PNG"), "12bit/2.tif": deep(grey, "TIFF"), "12bit/3.png": rgb,
+            "clear/1.png": deep(grey, "PNG", transparency=0), "12bit/1.png": deep(grey, "PNG"), "12bit/2.tif": deep(grey, "TIFF"), "12bit/3.png": rgb,
             "float/1.tif": deep(grey.astype(np.float32), "TIFF"),
             "32bit/1.tif": deep(grey.astype(np.int32) * 100, "TIFF")}.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -720,6 +727,7 @@ def sources(tmp_path_factory):
     ("imagenet64 --src endless", "endless/train_data_batch_1.npz is neither a regular file nor a folder"),
     ("mine --src grey.npy --size 8", "grey.npy holds uint8 .5, 8, 8.; .*of grey ones three equal channels"),
     ("mine --src float --size 8", "floating-point"),
+    ("mine --src clear --size 8", "16 bits and a transparent colour: 8 bits or an alpha channel"),
     ("mine --src 32bit --size 8", "pixels from 0 to 409500: not of 8 or 16 bits"),
     ("cifar10 --src cut.tar.gz", "whole zip or tar"),
     ("cifar10 --src t.tar.gz", "data_batch_1.bin is missing; needed is cifar-10-binary.tar.gz"),

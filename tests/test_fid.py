@@ -483,6 +483,7 @@ REFUSED = [
     ("broken", [png(BLACK), b"not an image"], "", "broken/1.png: damaged or unreadable"),
     ("half", [png(BLACK), png(NOISE)[:500]], "", "half/1.png: damaged or unreadable"),
     ("seven", [png(BLACK.resize((7, 7)))] * 2, "--ref {0}", "are not multiples of 8"),
+    ("two", [png(BLACK.resize((2, 2)))] * 2, "--ref {0}", r"holds images of \(2, 2\): at least \(3, 3\)"),
     ("missing.npz", None, "", "missing.npz: no such file or folder"),
     ("a.txt", b"x", "", "a.txt is not a folder, a whole zip or a whole uncompressed tar"),
     ("ref.npz", None, "--batch 0", "--batch 0: must be from 1 to 10000"),
@@ -496,6 +497,7 @@ REFUSED = [
     ("ref.npz", None, "--features inception", "--splits 10: ref.npz has only 9 images"),
     ("ref.npz", None, "--ref shapes",
      "shapes: no such file or folder, and no prepared data set: .*data.py shapes"),
+    ("ref.npz", None, "--ref v1.5", "v1.5: no such file or folder, and no prepared data set: .*v1.5-16.npy"),
 ]
 
 

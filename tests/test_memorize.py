@@ -209,6 +209,7 @@ REFUSED = [
     ("s.npz", None, "--out /dev/null/x.json", "--out /dev/null/x.json: /dev/null is a file, not a folder"),
     ("/dev/zero", None, "", "/dev/zero is neither a regular file nor a folder"),
     ("s.npz", None, "--out x.png", "--out x.png: the name must end in .json"),
+    ("s.npz", None, "--out {0}/s.json", "--out .*s.json: its picture would take the place of .*s.png, SAMPLES'"),
     ("s.npz", None, "--hub-dir .", "--features pixels takes neither --weights nor --hub-dir"),
 ]
 
@@ -222,7 +223,7 @@ def test_what_is_refused(planted, name, content, flags, words):
     if content:
         np.savez(folder / name, **content)
     with pytest.raises(UserError, match=words) as error:
-        memorise(folder, name, *flags.split())
+        memorise(folder, name, *flags.format(folder).split())
     assert "\n" not in str(error.value) and not list(folder.glob("*memorize*"))
 
 

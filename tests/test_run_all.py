@@ -443,11 +443,11 @@ PLANNED = [                                                 # counted by hand: p
     ("sample.py r --num-samples 10 --steps 100 --out a.npz", 10 * 100),
     ("sample.py r --num-samples 10 --amp --out a.npz", 10 * 1000),
     ("sample.py r --num-samples 10 --sampler heun --out a.npz", 10 * 35),
-    # Undisturbed and control run beside; an attacked step costs 2 passes and a gradient of 2 besides.
+    # Undisturbed and control run beside; an attacked step costs 2 passes and a gradient of 1 besides.
     ("attack.py r --attack fgsm --steps-attacked 50% --steps 10 --num-samples 3 --out a.npz",
-     3 * (30 + 5 * 4)),
+     3 * (30 + 5 * 3)),
     ("attack.py r --attack eot --iters 7 --steps-attacked 1 --steps 10 --num-samples 3 --out a.npz",
-     3 * (30 + 8 + 14)),
+     3 * (30 + 8 + 7)),
     ("attack.py r --steps-attacked 0 --steps 10 --num-samples 3 --out a.npz", 30),
     ("train.py --size 8 --method adv --steps 15 --batch 8 --reg-share 0.25 --out r", 5 * 8 * (3 + 5 / 4))]
 

@@ -363,7 +363,22 @@ def test_sweeps(sweep, names, short_process, tmp_path):
         assert r["method"] == "adv" and float(r["name"].split()[-1]) == r[sweep]
     units = {r["name"]: r["lam_units"] for r in found["records"]}
     assert all(unit == (name.split()[1] if sweep == "lam" else "x") for name, unit in units.items())
-    assert found["protocol"]["figures"] == [f"toy3d-{sweep}.png"]
+    assert found["protocol"]["figures"] == [f"toy3d-{sweep}.png"] and found["claims"]
+
+
+@pytest.mark.parametrize("flags", [["--data", "3-gaussians"], ["--method", "inv"]])
+def test_sweeps_without_a_closed_form(flags, short_process, tmp_path, monkeypatch):
+    """Catches its line drawn of nothing, which matplotlib takes for a point named "x:", and the paper's claims
+    on adv judged by another method."""
+    pytest.importorskip("matplotlib")
+    figures, save = [], toy3d.save_figure
+    monkeypatch.setattr(toy3d, "save_figure", lambda figure, path: [figures.append(figure), save(figure, path)][1])
+    name = f"toy3d-omega-{flags[1]}"
+    assert toy(tmp_path, "--sweep", "omega", *flags) == {f"{name}.json", f"{name}.png"}
+    ax = figures[0].axes[0]
+    assert "closed form, x" not in ax.get_legend_handles_labels()[1]
+    assert "x:" not in [text.get_text() for text in ax.get_yticklabels()]
+    assert all(claim["shown"].startswith("3-gaussians") for claim in strict(tmp_path / f"{name}.json")["claims"])
 
 
 def test_a_part_without_matplotlib(short_process, monkeypatch, tmp_path, capsys):
