@@ -62,8 +62,8 @@ paper() {
 
 # One GPU, one day. The training is beyond.py's, which needs far fewer steps; the learning rate that of Ho et al.
 # (2020), the average over the last 1000 steps. The samples are Heun's, but for Table 1's fewer steps and for the
-# attacks, which need DDPM's noise: on 20 of its steps, by 3 iterations, a third of the day's work all the same.
-# STEPS: by plan.py's count all is 5.1e18 operations, 22.8 hours at 62 TFLOP/s, 20 % of an A100's bf16 peak or 6 % of
+# attacks, which need DDPM's noise: on 20 of its steps, by 3 iterations, a quarter of the day's work all the same.
+# STEPS: by plan.py's count all is 4.9e18 operations, 21.9 hours at 62 TFLOP/s, 20 % of an A100's bf16 peak or 6 % of
 # an H100's; the rest is for the scores. That rate is assumed, not measured: `plan day` measures it.
 day() {
     paper
