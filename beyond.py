@@ -81,8 +81,8 @@ def plan(lam_t, t, chance, method, reg_share=1.0, weight_t=None, below=None):
     method, factor of lambda). By default: t, 1, and one part, all rows.
 
     A share below 1: few rows are regularised, with lambda / share, and they stand for all. In the paper's sum
-    lambda_t differs 20-fold over t, so their t are drawn from q(t) ~ 1 + lambda_t and weighed by uniform /
-    q(t): the same expectation, less noise.
+    1 + lambda_t differs 12-fold over t, so their t are drawn from q(t) ~ 1 + lambda_t and weighed by
+    uniform / q(t): the same expectation, less noise.
     """
     weight = torch.ones_like(chance)
     if below is not None:

@@ -527,7 +527,7 @@ def noise_estimate(images):
 
     The mask [[1,-2,1],[-2,4,-2],[1,-2,1]] does not see smooth structure. Its mean absolute response is scaled
     to be the deviation if the image is white Gaussian noise, and averaged over the channels. Texture counts
-    as noise."""
+    as noise. NaN for images below 3 x 3."""
     x = 1.0 * images                                        # bytes become floats
     x = x[..., :-2, :] - 2 * x[..., 1:-1, :] + x[..., 2:, :]
     x = x[..., :-2] - 2 * x[..., 1:-1] + x[..., 2:]         # [N, 3, H-2, W-2]

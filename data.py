@@ -212,9 +212,9 @@ class Images:
                 return {key: file[key] for key in ("mean", "components", "scale")}
         except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
             if self.name != "subspace":
-                raise UserError(f"--data {self.name}: of subspace alone the distribution is known") from error
-            raise UserError(f"{self._truth} is missing or damaged ({error}): delete it and run python data.py "
-                            f"subspace --size {self.size} again") from error
+                raise UserError(f"--data {self.name}: the distribution of subspace alone is known") from error
+            raise UserError(f"{self._truth} is missing or damaged ({error}): delete it and run python "
+                            f"data.py subspace --size {self.size} again") from error
 
 
 # --------------------------------------------------------------------------------- images, wherever they lie

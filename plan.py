@@ -176,10 +176,10 @@ def main(argv=None):
         total = [a + b for a, b in zip(total, row)]
         print(line_of(table, row))
     print(line_of("all", total))
-    print(f"\nHours on {args.devices} {process.device.type} device(s) of this machine, where nothing else "
-          "runs; a table's are without what an earlier one makes. A training that\nhas begun is counted whole. "
-          "Not counted: data sets, scores, sample grids, toy3d.py, and the few\nseconds in which a command "
-          "starts.")
+    print(f"\nHours on {args.devices} {process.device.type} device(s) of this machine, if nothing else "
+          "runs there, now or then; a table's are without what\nan earlier one makes. A training that has "
+          "begun is counted whole. Not counted: data sets, scores, sample grids,\ntoy3d.py, and the few "
+          "seconds in which a command starts.")
 
 
 def line_of(name, row):

@@ -69,7 +69,8 @@ def test_group_norm_values_and_gradients():
     weight = torch.randn(3, 1, 8, dtype=torch.float64, requires_grad=True)
     bias = torch.randn(3, 1, 8, dtype=torch.float64, requires_grad=True)
     expected = F.group_norm(x, 4) * weight.transpose(1, 2)[..., None] + bias.transpose(1, 2)[..., None]
-    assert difference(unet._Normalise.apply(x, weight, bias, 4, 1e-5), expected) < 1e-9
+    for normalise in (unet._Normalise.apply, unet._normalise_on_gpu):
+        assert difference(normalise(x, weight, bias, 4, 1e-5), expected) < 1e-9
     x = x.detach().requires_grad_()
     assert torch.autograd.gradcheck(lambda *v: unet._Normalise.apply(*v, 4, 1e-5), (x, weight, bias))
     single = torch.randn(2, 64, 8, 8) + 100
@@ -378,6 +379,20 @@ def test_learned_variance_regularises_eps_alone():
     assert torch.allclose(plain["reg"], a["reg"])
 
 
+def test_the_variance_is_learnt_by_t_over_1000_of_the_bound():
+    """L_hybrid of Nichol & Dhariwal, with their factor for T: catches another one, and a bound that trains
+    eps too."""
+    schedule, t = Schedule.named("linear", 4000).to("cpu"), torch.tensor([40, 2000])
+    x_0, eps, u = torch.randn(3, 2, 3, 4, 4).clamp(-1, 1)
+    eps_hat, v = (torch.randn(2, 3, 4, 4, requires_grad=True) for _ in range(2))
+    loss = train.training_loss(lambda x, t: torch.cat([eps_hat, v], dim=1), schedule, x_0, t, eps,
+                               torch.ones(2), u, "ddpm")["vlb"]
+    bound = train.variational_bound(schedule, x_0, schedule.noised(x_0, t, eps), t, eps_hat, v)
+    assert torch.allclose(loss, 4 * bound)
+    of_eps, of_v = torch.autograd.grad(loss.sum(), [eps_hat, v])
+    assert not of_eps.any() and of_v.any()
+
+
 @pytest.mark.parametrize("sigma_n", [0.0, 0.1, 0.4])
 @pytest.mark.parametrize("t", [70, 300])
 def test_ambient_minimiser_of_a_gaussian(sigma_n, t):
@@ -479,7 +494,7 @@ def test_plan_of_beyond_reaches_the_loss(monkeypatch):
 
 def test_dropout_has_one_mask_for_all_passes():
     """With delta almost 0 the two outputs agree only if the same units are dropped; the masks change with the
-    step."""
+    step, and from one microbatch or process to the next."""
     t = trainer(network=dict(dropout=0.5), method="ran", gamma=1e-7, omega=40.0)
     randomised(t.model)
     x, early = torch.randn(4, 3, 8, 8), torch.tensor([1, 2, 3, 4])          # where r is tiny
@@ -489,7 +504,10 @@ def test_dropout_has_one_mask_for_all_passes():
     assert bool((terms["reg"] < 1e-3 * terms["ddpm"]).all())
     first = network(x, early)
     assert torch.equal(first, network(x, early))
-    t.step = 1
+    assert not torch.equal(first, t.with_one_dropout_mask(slice(4, 8))(x, early))
+    t.process.rank = 1
+    assert not torch.equal(first, t.with_one_dropout_mask(slice(0, 4))(x, early))
+    t.process.rank, t.step = 0, 1
     assert not torch.equal(first, t.with_one_dropout_mask(slice(0, 4))(x, early))
 
 

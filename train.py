@@ -298,13 +298,15 @@ class Trainer:
         rank, world = self.process.rank, self.process.world
         data, network, device = self.config["data"], self.config["network"], self.process.device
         shape = network["in_channels"], network["size"], network["size"]
-        noise = image_noise("sample", 0, range(rank % GRID, GRID, world), shape, device)
+        mine = range(rank % GRID, GRID, world)
         schedule = Schedule.named(**self.config["process"]).respaced(min(50, len(self.schedule))).to(device)
 
         def averaged(x, t):
             return torch.func.functional_call(self.model, self.ema_weights(), (x, t))
 
-        images = sample(averaged, schedule, noise, "ddim", clamp=(data["low"], data["high"]))
+        images = torch.cat([sample(
+            averaged, schedule, image_noise("sample", 0, mine[k:k + self.microbatch], shape, device), "ddim",
+            clamp=(data["low"], data["high"])) for k in range(0, len(mine), self.microbatch)])
         self.model.train()
         shares = gather(together(lambda: as_bytes(images.permute(0, 2, 3, 1).cpu().numpy())))
         return np.stack([shares[k % world][k // world] for k in range(GRID)])
@@ -391,7 +393,8 @@ def arguments(argv=None):
     add("--channels", type=int, help="width of the first level")
     add("--res-blocks", type=int, help="residual blocks a level")
     add("--mult", type=integers, help="width of each level in units of --channels, e.g. 1,2,2,2")
-    add("--attn", type=integers, help="resolutions with attention, e.g. 16,8")
+    add("--attn", type=integers, help="resolutions with attention, e.g. 16,8; the middle block has it "
+        "always")
     add("--heads", type=int, help="attention heads")
     add("--dropout", type=float, help="dropout in the residual blocks")
     add("--learn-sigma", action="store_true", default=None, help="learn the variance too (L_hybrid)")
@@ -433,13 +436,15 @@ def arguments(argv=None):
             idle.append((["lam", "lam_units", "omega", "gamma", "reg_share"], on))
         if args.weighting == "balanced":                    # by 1 + 0
             idle.append((["weighting"], on))
-            args.weighting = "paper"
     if args.method != "ambient":
         idle.append((["flags", "sigma_known"], on))
+    say_idle(parser, argv, idle)
+    for name in [name for names, _ in idle for name in names]:      # what has no effect tells no runs apart
+        setattr(args, name, parser.get_default(name))
+    if args.method != "ambient":
         args.flags = args.sigma_known = None
     elif args.sigma_known is None:
         args.sigma_known = args.sigma or 0.1
-    say_idle(parser, argv, idle)
     return args
 
 
@@ -473,6 +478,9 @@ def configuration(args, images, start, resume):
             from_file, process_from_file = network_of(start, images.size, network["heads"]), process
         if from_file["sigma_data"]:                         # preconditioned: its weights know no other
             chosen.pop("sigma_data", None)
+        elif sigma_data and not resume:
+            raise UserError(f"--precondition: the network of --init {args.init} is not preconditioned; leave "
+                            "the flag out")
         for name, value in (chosen | given(args, *PROCESS)).items():
             if not resume and name != "dropout" and (from_file | process_from_file)[name] != value:
                 raise UserError(f"--init {args.init}: its {name} is {(from_file | process_from_file)[name]}, "
@@ -561,6 +569,7 @@ def check_same_run(args, there, now):
         return was == value
 
     notes = dict(init=": give the path as before, the file itself is not needed any more",
+                 sigma_data=" (see --precondition)",
                  sha256=": other images, or prepared by another version of Pillow: copy them from there")
     differing = [f"{name} was {there[group].get(name)} and is now {value}{notes.get(name, '')}"
                  for group in now for name, value in now[group].items()
@@ -666,9 +675,10 @@ def describe(args, config, trainer, images, assumed):
     some = np.arange(min(len(images), 1 + 1000 * 32**2 // images.size**2))          # a few megabytes of them
     noise, network = noise_estimate(images.read(some)).mean(), config["network"]
     attention = ", ".join(str(size) for size in resolutions(network) if size in network["attn"])
-    attention = f"attention at {attention}" if attention else "no attention"
-    method = (f", lambda {args.lam} ({args.lam_units} units), omega {args.omega}, gamma {args.gamma:.4f}, on "
-              f"{args.reg_share:g} of the batch")
+    attention = f"attention at {attention} and in the middle" if attention else "attention in the middle"
+    share = "" if args.reg_share == 1 else f", on {args.reg_share:g} of the batch"
+    method = (f", lambda {args.lam} ({args.lam_units} units), omega {args.omega}, gamma {args.gamma:.4f}"
+              f"{share}")
     if args.method == "ddpm":
         method = ""
     if args.method == "ambient":
@@ -755,10 +765,12 @@ def run(args, trainer, images, assumed, log):
         drawing = grid_is_due(args, step)
         if not (saving or drawing or step % log_every == 0):
             continue
+        if saving and not torch.stack([p.isfinite().all() for p in trainer.parameters]).all():
+            broken.clamp_(max=step)                         # by the update that followed a finite loss
         if math.isfinite(float(broken)):
             good = f"the last good checkpoint is {checkpoint}" if checkpoint.exists() else "none was saved"
-            raise UserError(f"the loss of step {int(broken)} is not finite; {good}. Try a lower --lr, or "
-                            "without --amp")
+            raise UserError(f"the loss or the weights of step {int(broken)} are not finite; {good}. Try a "
+                            "lower --lr, or without --amp")
         means = {name: float(total) / counted for name, total in sums.items()}
         rate = (step - began_at) * args.batch / (time.perf_counter() - began)
         sums, counted = {}, 0
@@ -766,12 +778,13 @@ def run(args, trainer, images, assumed, log):
         progress.update(step - began_at, **means)
         if saving:
             together(lambda: log.first and save_checkpoint(checkpoint, trainer.state()))
+        if last:
+            progress.close()
         if drawing:
             draw_grid(args, trainer, log)
         if stopping:
             log.say(f"\nstopped by a signal after step {step}: saved {checkpoint}; the same command goes on")
             sys.exit(128 + (stop or [signal.SIGTERM])[0])
-    progress.close()
     log.say(f"made {checkpoint} (step {trainer.step}) and {args.out / grid_name(trainer.step)}: {rate:.1f} "
             f"images/s, peak memory {peak_memory(process.device):.2f} GiB a process\n"
             f"next: python sample.py {args.out} --num-samples 64 --out {args.out}/samples.npz")

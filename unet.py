@@ -73,6 +73,12 @@ def _group_mean(channel_sums, groups, pixels):
     return mean.expand(-1, -1, -1, channel_sums.shape[2] // groups).flatten(2)
 
 
+def _normalise_on_gpu(x, weight, bias, groups, eps):
+    """What `_Normalise` does, by PyTorch's kernel, whose answer on CUDA is contiguous, not channels_last."""
+    weight, bias = (part.transpose(1, 2)[..., None] for part in (weight, bias))                 # [B, C, 1, 1]
+    return torch.addcmul(bias, F.group_norm(x, groups, None, None, eps), weight)
+
+
 class GroupNorm(nn.GroupNorm):
     """GroupNorm over 32 groups in float32, then optionally * (1 + scale) + shift, each [B, C]: [B, C, H, W]
     -> the same."""
@@ -86,11 +92,8 @@ class GroupNorm(nn.GroupNorm):
             scale, shift = 1 + scale.float()[:, None], shift.float()[:, None]
             weight, bias = weight * scale, torch.addcmul(shift, bias, scale)
         with torch.autocast(x.device.type, enabled=False):
-            if x.device.type == "cpu":
-                return _Normalise.apply(x.float(), weight, bias, self.num_groups, self.eps).to(x.dtype)
-            h = F.group_norm(x.float(), self.num_groups, None, None, self.eps)
-            weight, bias = (part.transpose(1, 2)[..., None] for part in (weight, bias))         # [B, C, 1, 1]
-            return torch.addcmul(bias, h, weight).to(x.dtype)
+            normalise = _Normalise.apply if x.device.type == "cpu" else _normalise_on_gpu
+            return normalise(x.float(), weight, bias, self.num_groups, self.eps).to(x.dtype)
 
 
 def _zeroed(module):
@@ -185,9 +188,9 @@ class UNet(nn.Module):
     size].
 
     out is in_channels, or twice that with `learn_sigma`: eps, then the interpolation v of the log variance.
-    `attn` lists the resolutions that get attention, `mult` the width of each level in units of `channels`;
-    every level but the last halves the resolution. `sigma_data`, with the schedule in float64: beyond the
-    paper, see `preconditioning`. Raises UserError where size and mult, or channels and heads, do not fit.
+    `attn` lists the resolutions that get attention (the middle block always does), `mult` the width of each
+    level in units of `channels`; every level but the last halves the resolution. `sigma_data`, with the
+    schedule in float64: beyond the paper, see `preconditioning`. Raises UserError where size and mult, or channels and heads, do not fit.
     """
 
     def __init__(self, size, channels, res_blocks, mult, attn, heads, dropout=0.0, learn_sigma=False,
@@ -334,7 +337,7 @@ class Schedule:
         self.coefficient_x0 = beta * self.alpha_bar_prev.sqrt() / (1 - self.alpha_bar)
         self.coefficient_xt = (1 - self.alpha_bar_prev) * (1 - beta).sqrt() / (1 - self.alpha_bar)
         self.posterior_variance = beta * (1 - self.alpha_bar_prev) / (1 - self.alpha_bar)
-        # The posterior variance of the last step is 0, its logarithm is not: the second step's stands in.
+        # The posterior variance of the last step (i = 0) is 0 and has no logarithm: the second's stands in.
         second = self.posterior_variance[min(1, len(beta) - 1)]
         self.log_variance_small = torch.cat([second[None], self.posterior_variance[1:]]).log()
         self.log_variance_large = torch.cat([second[None], beta[1:]]).log()

@@ -641,7 +641,7 @@ def test_subspace(tmp_path, capsys, monkeypatch):
     assert scipy.stats.kstest(a.ravel(), "norm").pvalue > 1e-4
     assert images.low == x.min() < -1 and images.high == x.max() and images.array.dtype == np.float32
     assert images.info["sigma_data"] == pytest.approx(x.std(), rel=1e-6)
-    with pytest.raises(UserError, match="of subspace alone"):
+    with pytest.raises(UserError, match="subspace alone is known"):
         Images("shapes", 8, tmp_path).truth()
     lost, before = tmp_path / "subspace-8-truth.npz", images.array.tobytes()
     lost.unlink()
@@ -688,7 +688,8 @@ def sources(tmp_path_factory):
             "lmdb/data.mdb": b"x", "pq/0.parquet": b"PAR1", "tf/a.tfrecord-00000-of-00001": b"x",
             "python/data_batch_1": b"\x80\4", "rar/a.rar": b"Rar!", "small/1.png": png("red", (64, 64)),
             "npz/x/train_data_batch_1.npz": WHOLE, "objects.npy": PICKLED.getvalue(), "torch.pt": b"\x80\2",
-            "clear/1.png": deep(grey, "PNG", transparency=0), "12bit/1.png": deep(grey, "PNG"), "12bit/2.tif": deep(grey, "TIFF"), "12bit/3.png": rgb,
+            "clear/1.png": deep(grey, "PNG", transparency=0),
+            "12bit/1.png": deep(grey, "PNG"), "12bit/2.tif": deep(grey, "TIFF"), "12bit/3.png": rgb,
             "float/1.tif": deep(grey.astype(np.float32), "TIFF"),
             "32bit/1.tif": deep(grey.astype(np.int32) * 100, "TIFF")}.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)

@@ -209,7 +209,7 @@ REFUSED = [
     ("s.npz", None, "--out /dev/null/x.json", "--out /dev/null/x.json: /dev/null is a file, not a folder"),
     ("/dev/zero", None, "", "/dev/zero is neither a regular file nor a folder"),
     ("s.npz", None, "--out x.png", "--out x.png: the name must end in .json"),
-    ("s.npz", None, "--out {0}/s.json", "--out .*s.json: its picture would take the place of .*s.png, SAMPLES'"),
+    ("s.npz", None, "--out {0}/s.json", "--out .*s.json: its picture would take the place of .*s.png, SAMP"),
     ("s.npz", None, "--hub-dir .", "--features pixels takes neither --weights nor --hub-dir"),
 ]
 

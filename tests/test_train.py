@@ -256,13 +256,21 @@ def test_a_loss_that_is_not_finite_stops_the_run(shapes, trained, tmp_path, monk
         return {name: term / (term - term) for name, term in real(*args, **settings).items()}
 
     monkeypatch.setattr(train, "training_loss", broken)
-    expected = "loss of step 3 is not finite; the last good checkpoint is .*checkpoint.pt"
+    expected = "the loss or the weights of step 3 are not finite; the last good checkpoint is .*checkpoint.pt"
     with pytest.raises(UserError, match=expected):
         train.main([*argv, "--steps", "4"])
     assert_same(tensors(tmp_path / "run"), good)
-    with pytest.raises(UserError, match="loss of step 1 is not finite; none was saved"):
+    with pytest.raises(UserError, match="the loss or the weights of step 1 are not finite; none was saved"):
         train.main(flags(shapes, tmp_path / "fresh", "--save-every", 1))
     assert not (tmp_path / "fresh" / "checkpoint.pt").exists()
+
+
+def test_weights_that_are_not_finite_are_not_saved(shapes, tmp_path):
+    """Catches an update that breaks the weights after a finite loss, and takes a good checkpoint's place."""
+    argv = flags(shapes, tmp_path / "run", "--save-every", 1, "--lr", "1e39", *DDPM)
+    with pytest.raises(UserError, match="the loss or the weights of step 1 are not finite; none was saved"):
+        train.main([*argv, "--steps", "2"])
+    assert not (tmp_path / "run" / "checkpoint.pt").exists()
 
 
 # --------------------------------------------------------------------------------- processes and microbatches
@@ -534,7 +542,7 @@ def test_preconditioned_runs(shapes, trained, tmp_path):
     assert_same(tensors(tmp_path / "tuned"), tensors(tmp_path / "asked"))
     for name in ("tuned", "asked"):
         assert load_checkpoint(tmp_path / name)["config"]["network"] == config["network"]
-    with pytest.raises(UserError, match="sigma_data was None and is now 0.45"):
+    with pytest.raises(UserError, match=r"sigma_data was None and is now 0.45\d* \(see --precondition\)"):
         train.main([*flags(shapes, trained, "--precondition"), "--steps", "5"])
 
 
@@ -625,7 +633,7 @@ def test_defaults_are_the_papers():
     ("--init TRAINED --res-blocks 2", "its res_blocks is 1, not 2"),
     ("--init TRAINED --timesteps 50", "its timesteps is 8, not 50"),
     ("--weighting edm", "--weighting edm: needs --precondition"),
-    ("--init TRAINED --precondition", "its sigma_data is None, not 0.45"),
+    ("--init TRAINED --precondition", "--precondition: the network of --init .* is not preconditioned"),
     ("--init TRAINED --preset lsun_bedroom", "--init .*: its scale_shift is True, not False"),
     ("--out /proc/run", "cannot write /proc/run")])
 def test_train_refuses(argv, expected, shapes, trained, tmp_path, monkeypatch, capsys):
@@ -698,14 +706,16 @@ def test_what_the_machine_cannot_do_is_said_before_the_work(shapes, tmp_path, mo
 
 
 def test_flags_without_an_effect_are_said(shapes, tmp_path, capsys):
-    """Only those that were given: catches one that is ignored without a word, and noise about the others."""
+    """Only those that were given: catches one that is ignored without a word, noise about the others, and a
+    run that is told apart by what changes nothing."""
     for argv, expected in (
-            (["--method", "ddpm", "--lam", "0.3", "--weighting", "balanced", "--flags", "conf1"],
+            (["--method", "ddpm", "--lam", "0.5", "--weighting", "balanced", "--flags", "conf1"],
              {"--lam", "--weighting", "--flags"}), (["--method", "ddpm", "--weighting", "edm"], set()),
             (["--method", "ambient", "--weighting", "edm"], set()),
             (["--method", "ambient", "--omega", "2", "--weighting", "balanced"], {"--omega", "--weighting"}),
-            (["--p", "0", "--sigma", "0", "--data-seed", "0"], {"--data-seed"}), ([], set())):
-        train.arguments(flags(shapes, tmp_path, *argv))
+            (["--p", "0", "--sigma", "0", "--data-seed", "7"], {"--data-seed"}), ([], set())):
+        found = train.arguments(flags(shapes, tmp_path, *argv))
+        assert found.lam == 0.3 and found.data_seed == 0
         said = capsys.readouterr().err.splitlines()
         assert {line.split(" has no effect ")[0] for line in said} == expected and len(said) == len(expected)
 
