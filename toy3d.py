@@ -535,7 +535,7 @@ def draw_sweep(path, records, sweep, plt):
     """Draws the trade-off of a sweep: noise left against variance kept, a line for each reading of lambda_t.
     -> the path."""
     figure, ax = plt.subplots(figsize=(4.8, 3.6), layout="constrained")
-    for units, style in (("x", "o-"), ("eps", "s--")):
+    for units, style, cross in (("x", "o-", "x:"), ("eps", "s--", "+:")):
         clean, inlier = ([r for r in records if (r["noise"], r["lam_units"]) == (noise, units)]
                          for noise in NOISES[:2])
         if clean:
@@ -546,12 +546,13 @@ def draw_sweep(path, records, sweep, plt):
             exact = [(a["closed_form"]["kept"], b["closed_form"]["rms"]) for a, b in zip(clean, inlier)
                      if a["closed_form"]]
             if exact:
-                ax.plot(*zip(*exact), "x:", color="grey", label=f"closed form, {units}", zorder=0)
+                ax.plot(*zip(*exact), cross, color="grey", label=f"closed form, {units}", zorder=0)
             for x, y, r in zip(kept[:, 0], rms[:, 0], clean):
                 ax.annotate(f"{r[sweep]:g}", (x, y), textcoords="offset points", xytext=(4, 4), fontsize=8)
     varied = dict(lam="λ", omega="ω")[sweep]
     ax.set(xlabel="variance kept, trained on clean data", ylabel="rms distance, trained on inlier noise",
            title=f"{records[0]['data']}: {varied} beside each point")
+    ax.margins(0.12)                                        # room for what is beside the points
     ax.legend()
     return save_figure(figure, path)
 
