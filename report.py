@@ -45,7 +45,7 @@ BESIDE = {"FID": "IS", "FD-inception": "IS", "FD-exact": "ρ", "FD-pixels": "noi
 QUALITY, NOISE_LEFT = ["distance", "beside"], ["distance", "ρ"]         # see `names_of`
 THREE = "FD-exact", "ρ", "variance kept"
 EXACT = ", closed form"                                     # after the name of a number: gaussian.py's
-DASH = "–"
+DASH, NOT_YET = "–", "Not measured yet."
 
 
 # --------------------------------------------------------------------- a cell of a table, and what selects it
@@ -321,6 +321,7 @@ def read_runs(args, key):
 
 
 KEY = ("data", "size", "noise", "method", "lam", "flags", "tuned", "sampler", "steps", "attack", "percent")
+COSTED = ("data", "size", "method", "network", "precondition", "batch", "reg_share")    # a training step
 SPEED = ("weighting", "precondition", "network", "reg_share", "step")         # and of the rows of `speed`
 
 
@@ -410,13 +411,13 @@ def with_form(found, form):
     return show(found) + (f" ({show(form)})" if form else "")
 
 
-def beside(records, number, where):
+def text_of(records, number, where):
     """A number as text, its closed form in brackets."""
     return with_form(*pair(records, number, where))
 
 
 def with_forms(numbers):
-    """The head of columns of `beside`."""
+    """The head of columns of `text_of`."""
     return [f"{number} (closed form)" for number in numbers]
 
 
@@ -451,7 +452,7 @@ def span(values):
 def scale(used):
     """The caption: what the numbers of a table were measured on."""
     if not used:
-        return "Not measured yet."
+        return NOT_YET
     text = []
     for data in dict.fromkeys(map(label_of, used)):
         here = [r for r in used if label_of(r) == data]
@@ -472,7 +473,7 @@ def scale(used):
 
 # ----------------------------------------------------------------------------------------------------- claims
 
-VERDICTS = "holds", "does not hold", "cannot show"
+VERDICTS = HOLDS, FAILS, OPEN = "holds", "does not hold", "cannot show"
 # The letters are a claim's cells in their order. The rule holds where what comes out is above 0.
 LESS = "a < b", lambda a, b: b - a
 FALLS = "a > b > c", lambda a, b, c: min(a - b, b - c)
@@ -486,16 +487,19 @@ EVERYWHERE = "a < e, b < f, c < g, d < h", lambda *v: min(y - x for x, y in zip(
 def verdict_of(margin, cells):
     """-> one of VERDICTS, and why nothing can be shown, or "". As `judge` says."""
     if any(found is None or found[0] is None for found in cells):
-        return VERDICTS[2], "not measured"
-    if not any(mean for mean, *_ in cells):
-        return VERDICTS[2], "all are 0"
-    ends = [(m - d, m + d) for m, d in ((m, abs(m) / 10 if d is None else d) for m, d, _ in cells)]
+        return OPEN, "not measured"
+    means = [mean for mean, *_ in cells]
+    if not any(means):
+        return OPEN, "all are 0"
     points = 9 if len(cells) < 4 else 2         # a rule of more numbers is monotone in each: its ends suffice
-    moved = itertools.product(*(np.linspace(*pair, points).tolist() for pair in ends))
-    holds = margin(*(mean for mean, *_ in cells)) > 0
-    if any((margin(*values) > 0) != holds for values in moved):
-        return VERDICTS[2], "within the deviations"
-    return VERDICTS[not holds], ""
+    moved = []
+    for mean, deviation, _ in cells:
+        by = abs(mean) / 10 if deviation is None else deviation
+        moved.append(np.linspace(mean - by, mean + by, points).tolist())
+    holds = margin(*means) > 0
+    if any((margin(*values) > 0) != holds for values in itertools.product(*moved)):
+        return OPEN, "within the deviations"
+    return HOLDS if holds else FAILS, ""
 
 
 def judge(claim, place, shown, rule, margin, cells, exact=()):
@@ -546,7 +550,7 @@ def claims_text(claims):
     groups = {verdict: [c for c in claims if c["verdict"] == verdict] for verdict in VERDICTS}
     said = "of the claims {} hold, {} do not hold, {} cannot be shown at this scale".format(
         *map(len, groups.values()))
-    against = sum({c["verdict"], c["closed_form"]} == {*VERDICTS[:2]} for c in claims)
+    against = sum({c["verdict"], c["closed_form"]} == {HOLDS, FAILS} for c in claims)
     text = f"{CLAIMS}\n\n{said.capitalize()}; of {against} the closed form says the opposite.\n\n"
     return said, text + "\n".join(f"### {verdict.capitalize()}: {len(own)}\n\n{claims_table(own)}"
                                   for verdict, own in groups.items() if own)
@@ -596,8 +600,8 @@ def curves(results, name, panels, xlabel, ylabel="", xscale="log"):
 
 def tiles_of(file, size, count=16):
     """The first images of a grid by common.save_grid, `size` pixels wide -> uint8 [n, size, size, 3]."""
-    with reading(file, "sample.py or train.py"), Image.open(file, formats=["PNG"]) as opened:
-        grid, step = np.asarray(opened.convert("RGB")), size + 2
+    with reading(file, "sample.py or train.py"), Image.open(file, formats=["PNG"]) as picture:
+        grid, step = np.asarray(picture.convert("RGB")), size + 2
         rows, columns = ((length + 2) // step for length in grid.shape[:2])
         places = range(min(count, rows * columns) if size > 0 else 0)
         return np.stack([grid[step * (k // columns):, step * (k % columns):][:size, :size] for k in places])
@@ -613,8 +617,9 @@ def strip(results, name, rows):
     how = Image.Resampling.NEAREST if side >= size else Image.Resampling.LANCZOS
     tops = [*itertools.accumulate((16 + (side + 2) * -(-len(images) // 8) for _, images in rows), initial=0)]
     sheet = Image.new("RGB", (8 * (side + 2) - 2, tops[-1] - 2), "white")
+    letters = str.maketrans({"λ": "lambda", "ω": "omega", "σ": "sigma"})        # Pillow's font has no Greek
     for (title, images), top in zip(rows, tops):
-        ImageDraw.Draw(sheet).text((0, top + 2), title, fill="black")
+        ImageDraw.Draw(sheet).text((0, top + 2), title.translate(letters), fill="black")
         for k, image in enumerate(images):
             place = k % 8 * (side + 2), top + 16 + k // 8 * (side + 2)
             sheet.paste(Image.fromarray(image).resize((side, side), how), place)
@@ -629,6 +634,14 @@ def kinds_of(records):
             for kind in distinct(records, "data", "size", "noise")]
 
 
+def model_strip(results, name, kind, models):
+    """A strip of the images that models [(title, record)] were trained on, and of each one's samples, as far
+    as they are there. -> its link, or ""."""
+    seen = models[0][1]["picture"].with_name("training-images.png")
+    files = [(f"training images, {kind['noise']}", seen), *((title, r["picture"]) for title, r in models)]
+    return strip(results, name, [(title, tiles_of(file, kind["size"])) for title, file in files if file.is_file()])
+
+
 def sample_strips(results, name, models, least):
     """A strip of samples for each kind of data; models: {title: what else `of` takes}. -> links."""
     text = ""
@@ -638,12 +651,7 @@ def sample_strips(results, name, models, least):
             own = sorted(matching(results.records, of(**more, **kind)), key=lambda r: r["seed"])
             found += [(title, r) for r in own if r["picture"].is_file()][:1]
         if len(found) >= least:
-            seen = found[0][1]["picture"].with_name("training-images.png")
-            found = [(title, r["picture"]) for title, r in found]
-            if seen.is_file():
-                found.insert(0, (f"training images, {kind['noise']}".replace("σ", "sigma"), seen))
-            text += strip(results, f"{name}-{tail}", [(title, tiles_of(file, kind["size"]))
-                                                      for title, file in found])
+            text += model_strip(results, f"{name}-{tail}", kind, found)
             print(f"made {results.out}/{name}-{tail}.png")
     return text
 
@@ -661,7 +669,7 @@ def toy3d(results):
                 temporary.write_bytes(file.read_bytes())
             text += link(file.stem)
         text += "\n"
-    return "3-D data: Fig. 2, 6 right, 10, 11 (the paper has figures only)", text or "Not measured yet."
+    return "3-D data: Fig. 2, 6 right, 10, 11 (the paper has figures only)", text
 
 
 def fig3(results):
@@ -755,22 +763,26 @@ def table2(results):
         [((noise, METHODS[m]), of(m, noise)) for noise in NOISY for m in ("ddpm", "adv")])
 
 
+def costs_of(results, where):
+    """What a training step cost by train.py --benchmark: the cells of seconds, of DDPM's steps, of memory."""
+    return [cell(results.benchmarks, number, where) for number in ("seconds", "cost", "memory")]
+
+
 def cost(results):
     """A training step with the regulariser on the whole batch, by train.py --benchmark."""
-    whole, lines = matching(results.benchmarks, dict(method="adv", reg_share=1.0)), []
-    for own in distinct(whole, "data", "size", "network", "batch", "device", "reg_share"):
+    lines, on_all = [], matching(results.benchmarks, dict(method="adv", reg_share=1.0))
+    for own in distinct(on_all, "data", "size", "network", "batch", "device", "reg_share"):
         label = f"{label_of(own)}, network {own['network']}, batch {own['batch']}, {own['device']}"
-        found = {m: [cell(results.benchmarks, n, own | dict(method=m)) for n in ("seconds", "cost", "memory")]
-                 for m in ("ddpm", "ran", "adv")}
+        found = {m: costs_of(results, own | dict(method=m)) for m in ("ddpm", "ran", "adv")}
         lines += [[label, METHODS[m], *map(show, cells), plain(paper("cost", dict(method=m)))]
                   for m, cells in found.items()]
+        ran, adv = found["ran"][1], found["adv"][1]
         results.claims += [
-            judge("a training step of adv costs 2.5 of DDPM's", "3.1", label, *COSTS, [found["adv"][1]])
-            | dict(paper="2.5"),
-            judge("ran costs less than adv", "3.1", label, *LESS, [found["ran"][1], found["adv"][1]])]
+            judge("a training step of adv costs 2.5 of DDPM's", "3.1", label, *COSTS, [adv]) | dict(paper="2.5"),
+            judge("ran costs less than adv", "3.1", label, *LESS, [ran, adv])]
     return "3.1: cost of a training step", markdown(
         ["measured on", "model", "seconds", "× DDPM's", "peak memory (GiB)", "paper (× DDPM's)"],
-        lines) if lines else "Not measured yet."
+        lines) if lines else ""
 
 
 def invariance(results):
@@ -827,7 +839,7 @@ def fig7(results):
         results.records, ["lsun_bedroom"], ["training data", "λ"],
         [((noise, lam), of("adv", noise, lam=lam)) for noise in NOISES for lam in lams],
         [*QUALITY, "variance kept"]) + sample_strips(
-            results, "fig7", {f"lambda {lam}": dict(method="adv", lam=lam) for lam in lams}, least=2)
+            results, "fig7", {f"λ {lam}": dict(method="adv", lam=lam) for lam in lams}, least=2)
 
 
 def fig8(results):
@@ -845,9 +857,9 @@ def fig8(results):
     number = names_of(results.records, data, ["distance"])[0]
     for attack in ATTACKS:
         if attack != "noise" and matching(attacked, data | dict(attack=attack)):
-            panels[attack] = {METHODS[m] + beside: [
+            panels[attack] = {METHODS[m] + bracket: [
                 (k, cell(attacked, number, of(m, CLEAN, attack=a, percent=k) | data), None) for k in PERCENT]
-                for a, beside in {attack: "", "noise": " (random signs)"}.items() for m in ("ddpm", "adv")}
+                for a, bracket in {attack: "", "noise": " (random signs)"}.items() for m in ("ddpm", "adv")}
     return "Fig. 8b: attacks on the sampling trajectory, clean data", (
         table(results.records, ["cifar10"], ["attack", "steps attacked", "model"], rows,
               [*QUALITY, "displacement", "by random signs as large"])
@@ -915,16 +927,15 @@ def speed(results):
             labels = [METHODS[own["method"]], plain(own["reg_share"]) if own["lam"] else DASH,
                       own["weighting"] + (", preconditioned" if own["precondition"] else ""),
                       own["network"], f"{sampler_name(own['sampler'])} {own['steps']}"]
-            names = ("data", "size", "method", "network", "precondition", "batch", "reg_share")
-            measured, reached = {name: (own | kind)[name] for name in names}, False
-            costs = [cell(results.benchmarks, n, measured) for n in ("cost", "seconds")]
+            a_step, cost, _ = costs_of(results, {name: (own | kind)[name] for name in COSTED})
+            reached = False
             for step in sorted({r["step"] for r in matching(scored, own)}):
                 pairs = [pair(scored, n, own | dict(step=step)) for n in numbers]
-                seconds = costs[1] and (step * costs[1][0], costs[1][1] and step * costs[1][1])
+                seconds = a_step and (step * a_step[0], a_step[1] and step * a_step[1])
                 found, form = pairs[0]
                 near = found and form and not reached and abs(found[0] - form[0]) <= form[0] / 5
                 shown = [with_form(*both) for both in pairs]
-                rows.append([*labels, f"{step:,}", show(costs[0]), show(seconds),
+                rows.append([*labels, f"{step:,}", show(cost), show(seconds),
                              show(seconds) if near else "", *shown])
                 reached = reached or near
                 for lines, (found, form) in zip(panels.values(), pairs if seconds else []):
@@ -936,7 +947,7 @@ def speed(results):
         text += curves(results, f"speed-{tail}", panels, "seconds of training") + "\n"
     return "Time to quality (beyond the paper)", (
         text + "Seconds: steps × a step's by train.py --benchmark; to quality: until the distance is within "
-        "20 % of its closed form." if text else "Not measured yet.")
+        "20 % of its closed form." if text else "")
 
 
 def evaluations(results):
@@ -965,7 +976,7 @@ def evaluations(results):
                 [[*line, *(lines[line].get(name, DASH) for name in panels)] for line in sorted(lines)])
             text += curves(results, f"evaluations-{tail}", panels, "evaluations an image", number) + "\n"
     return "Quality against network evaluations (beyond the paper)", (
-        text + "Heun takes 2 n − 1 evaluations for n steps, the others n." if text else "Not measured yet.")
+        text + "Heun takes 2 n − 1 evaluations for n steps, the others n." if text else "")
 
 
 def model_name(where):
@@ -998,8 +1009,7 @@ def optimum(results):
         f"{scale(found)} {at} of the {len(rows)} are at the optimum (bold: FD-exact within 5 % of its closed "
         "form, or the seeds' deviation). Of adv it is the fixed point of network and adversary; the rule for "
         "0 < p < 1: clean and corrupted images are each filtered as their own kind. What is far from it is a "
-        f"training to be mended, no fact about the method.\n\n{markdown(header, rows)}" if rows else
-        "Not measured yet.")
+        f"training to be mended, no fact about the method.\n\n{markdown(header, rows)}" if rows else "")
 
 
 def real(results):
@@ -1010,19 +1020,15 @@ def real(results):
         own = [dict(r, cell=tuple(r[name] for name in names))
                for r in matching(scores, kind | dict(attack=None, flags=None))]
         results.shown |= {r["path"] for r in own}
-        numbers, rows, pictures = names_of(own, kind, QUALITY), [], []
+        numbers, rows, models = names_of(own, kind, QUALITY), [], []
         for where in distinct(own, *names):
             made, name = f"{sampler_name(where['sampler'])} {where['steps']}", model_name(where)
             rows.append([name, f"{where['step']:,}", made, *(show(cell(own, n, where)) for n in numbers)])
-            pictures.append((name, matching(own, where)[0]["picture"]))
-        seen = [(f"training images, {kind['noise']}", file.with_name("training-images.png"))
-                for _, file in pictures[:1]]
-        plain_letters = str.maketrans({"λ": "lambda", "ω": "omega", "σ": "sigma"})          # the font's
+            models.append((name, matching(own, where)[0]))
         text += f"{label_of(kind)}, {kind['noise']}. {scale(own)}\n\n" + markdown(
             ["model", "steps trained", "sampling", *numbers], rows)
-        text += strip(results, f"real-{tail}", [(name.translate(plain_letters), tiles_of(file, kind["size"]))
-                                                for name, file in seen + pictures if file.is_file()]) + "\n"
-    return "Real images (beyond the paper)", text or "Not measured yet."
+        text += (model_strip(results, f"real-{tail}", kind, models) if models else "") + "\n"
+    return "Real images (beyond the paper)", text
 
 
 # ------------------------------------------------ what the paper's readers asked, beyond the paper: one group
@@ -1042,12 +1048,16 @@ def asked(method, noise, omega=2, **more):
 
 def less(a, b):
     """Whether the cell a is below the cell b, and not within the deviations."""
-    return verdict_of(LESS[1], [a, b])[0] == "holds"
+    return verdict_of(LESS[1], [a, b])[0] == HOLDS
 
 
 def against(a, b):
     """The cell a beside the cell b, in a word."""
-    return "lower" if less(a, b) else "higher" if less(b, a) else "level" if a and b else "not measured"
+    if not (a and b):
+        return "not measured"
+    if less(a, b):
+        return "lower"
+    return "higher" if less(b, a) else "level"
 
 
 def compared(numbers, cells, others):
@@ -1108,7 +1118,7 @@ def question1(results, own):
             text += f"- Equal {budget}{told}: {regions(racing)}.\n"
     for number in THREE:
         text += f"\n{number} (closed form):\n\n" + markdown(["training data", *names], [
-            [noise_name(*place), *(beside(own, number, where) for where in ways.values())]
+            [noise_name(*place), *(text_of(own, number, where) for where in ways.values())]
             for place, ways in wheres.items()])
     return "Compute-matched against noise-aware training", text + (
         "\nTruth: told which images are noisy; wrong flags: each wrong with probability p; at p 1 that is "
@@ -1149,8 +1159,8 @@ def question2(results, own):
         tried = [asked(method, noisy, omega, lam=r["lam"]) for r in distinct(own, "lam") if r["lam"]]
         for here in [where for where in tried if matching(own, where)]:
             clean = here | dict(noise=CLEAN)
-            rows.append([family, f"{here['lam']:g}", beside(own, "ρ", here), beside(own, THREE[0], here),
-                         beside(own, THREE[0], clean), beside(own, THREE[2], clean)])
+            rows.append([family, f"{here['lam']:g}", text_of(own, "ρ", here), text_of(own, THREE[0], here),
+                         text_of(own, THREE[0], clean), text_of(own, THREE[2], clean)])
             fronts.setdefault(family, []).append((pair(own, THREE[0], clean), pair(own, "ρ", here)))
             wheres += here, clean
     lines = {(family, k): sorted((y[k][0], x[k][0]) for x, y in points if x[k] and y[k])
@@ -1164,8 +1174,8 @@ def question2(results, own):
     text = ("FD-exact on clean data where noise of 0.2 falls to a quarter, the best first: "
             f"{'; '.join(said)}.\nA quarter: of the ρ that DDPM's closed form has, all images noisy; between "
             "two λ, logarithms are interpolated.\n"
-            f"DDPM: ρ {beside(own, 'ρ', asked('ddpm', noisy))}, FD-exact on clean data "
-            f"{beside(own, THREE[0], asked('ddpm', CLEAN))}.\n\n")
+            f"DDPM: ρ {text_of(own, 'ρ', asked('ddpm', noisy))}, FD-exact on clean data "
+            f"{text_of(own, THREE[0], asked('ddpm', CLEAN))}.\n\n")
     text += markdown(["model", "λ", *with_forms(["ρ, noisy", "FD-exact, noisy", "FD-exact, clean",
                                                  "variance kept, clean"])], rows)
     if results.plt and any(lines.values()):
@@ -1200,8 +1210,8 @@ def question3(results, own):
             left += [x for x in shares[:1] if x is not None]
             rows.append([label_of(data), noise_name(1, sigma), f"λ {lam}, ω 8",
                          *(DASH if x is None else f"{100 * x:.0f} %" for x in shares),
-                         number, *(beside(own, number, way) for way in ways),
-                         *(beside(own, distance, way) for way in ways[1:])])
+                         number, *(text_of(own, number, way) for way in ways),
+                         *(text_of(own, distance, way) for way in ways[1:])])
             wheres += ways
     said = (f"{100 * min(left):.0f} % to {100 * max(left):.0f} %, {sum(x <= 0.35 for x in left)} of "
             f"{len(left)} not more than 35 %") if left else "not measured"
@@ -1223,11 +1233,10 @@ def question4(results, own):
         del here["trained"]                                 # those of several lengths
         lengths = matching(own, {name: value for name, value in here.items() if name != "step"})
         if len(distinct(lengths, "step")) > 1 and r["lam"] and (found := matching(own, here)):
-            cost = cell(results.benchmarks, "cost", {name: found[0][name] for name in (
-                "data", "size", "method", "network", "batch", "reg_share", "precondition")})
+            _, cost, _ = costs_of(results, {name: found[0][name] for name in COSTED})
             label = f"{METHODS[r['method']]}, λ {r['lam']:g}"
             rows.append([label, f"{r['step']:,}", show(cost), show(cost and (r["step"] * cost[0], None)),
-                         *(beside(own, n, here) for n in numbers)])
+                         *(text_of(own, n, here) for n in numbers)])
             for number, lines in panels.items() if cost else ():
                 lines.setdefault(label, []).append((r["step"] * cost[0], *pair(own, number, here)))
             if cost and r["lam"] in (RAN, ADV):             # the longest comes last
@@ -1255,7 +1264,7 @@ def question5(results, own):
         return "; ".join(f"{word} ({', '.join(noise for noise in noises if found[noise] == word)})"
                          for word in dict.fromkeys(found.values()))
 
-    rows = [[noise, METHODS[way["method"]], *(beside(own, n, way) for n in THREE)]
+    rows = [[noise, METHODS[way["method"]], *(text_of(own, n, way) for n in THREE)]
             for noise, both in ways.items() for way in both]
     return "Other corruptions", (
         f"Robust_adv's FD-exact is, beside DDPM's, {said(THREE[0])}.\nBy the closed form, which sees nothing "
@@ -1272,7 +1281,7 @@ def question6(results, own):
               for m in ("ddpm", "ran", "adv")]
     ddpm, _, adv = ([cell(own, n, way) for n in THREE] for way in wheres[:3])
     rows = [[way["weighting"], f"{sampler_name(way['sampler'])} {way['steps']}", METHODS[way["method"]],
-             *(beside(own, n, way) for n in THREE)] for way in wheres]
+             *(text_of(own, n, way) for n in THREE)] for way in wheres]
     return "The method on EDM", (
         "The method on EDM (its network, weighting and sampler), beside DDPM on it: "
         f"{compared(THREE, adv, ddpm)}.\n\nTraining data: {noise_name(0.6, 0.1)}; 35 evaluations an image, "
@@ -1319,7 +1328,7 @@ def question8(results, own):
                        "data", "size", "network", "batch", "device", "reg_share", "precondition"):
         for m in ("ddpm", "ran", "adv"):
             here = at | dict(method=m) | (dict(reg_share=1.0) if m == "ddpm" else {})
-            found = [cell(results.benchmarks, n, here) for n in ("seconds", "cost", "memory")]
+            found = costs_of(results, here)
             rows.append([f"{at['size']}×{at['size']}", at["network"], at["batch"], at["device"],
                          plain(at["reg_share"]), METHODS[m], *map(show, found)])
         ratios.setdefault(at["reg_share"], []).append(found[1][0])
@@ -1337,15 +1346,15 @@ def questions(results):
     own, text = pool([dict(r, left=None) for r in results.scores if "measures" in r], KEY + ASKED), ""
     results.shown |= {r["path"] for r in own}
     counts = Counter(r["step"] for r in own)
-    whole = max(counts, key=lambda step: (counts[step], step), default=0)
+    full = max(counts, key=lambda step: (counts[step], step), default=0)
     for r in own:                                           # run_all.sh's equal_compute
-        r["trained"] = {whole: "whole", whole * 5 // 9: "equal compute"}.get(r["step"])
+        r["trained"] = {full: "whole", full * 5 // 9: "equal compute"}.get(r["step"])
     for k, question in enumerate((question1, question2, question3, question4, question5, question6, question7,
                                   question8), 1):
         title, answer, wheres = question(results, own)
         used = [r for where in distinct(wheres, *wheres[0]) for r in matching(own, where)] if wheres else []
         measured = used or wheres is None and results.benchmarks
-        text += (f"### {k}. {title}\n\n{answer if measured else 'Not measured yet.'}\n`bash run_all.sh quick "
+        text += (f"### {k}. {title}\n\n{answer if measured else NOT_YET}\n`bash run_all.sh quick "
                  f"question{k}`. {scale(used) if used else ''}\n\n")
     return "What the paper's readers asked (beyond the paper)", text
 
@@ -1413,7 +1422,7 @@ def main(argv=None):
     if left:
         sections.append(("Left out", "\n".join(left)))
     with atomic_write(args.out / "README.md") as temporary:
-        text = "\n\n".join(f"## {title}\n\n{text.strip()}" for title, text in sections)
+        text = "\n\n".join(f"## {title}\n\n{text.strip() or NOT_YET}" for title, text in sections)
         temporary.write_text(text[1:] + "\n", encoding="utf-8",            # the first title is the page's
                              errors="backslashreplace")     # a name that is not UTF-8
     print(f"made {args.out}/README.md" + (f": {said}" if results.claims else ""))
