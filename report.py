@@ -244,10 +244,8 @@ def read_score(path):
         if r["lam"] is not None:
             settings |= {name: made["config"]["training"][name] for name in ("lam_units", "omega", "gamma")}
         odd = [f"{k} is {v}" for k, v in settings.items() if v not in STANDARD.get(k, [v])]
-        name, percent = None, None
-        if attack:
-            percent = round(100 * attack["steps_attacked"] / made["steps"])
-            name = attack["name"] + (" as printed" if attack["as_printed"] else "") if percent else None
+        percent = round(100 * attack["steps_attacked"] / made["steps"]) if attack else None
+        name = attack["name"] + " as printed" * attack["as_printed"] if percent else None      # of 0 % none
         r["variant"] += json.dumps(attack)
         return checked(r | numbers | dict(
             path=path, left=odd[0] if odd else None, odd=", ".join(odd), measures=sorted(numbers),
@@ -367,22 +365,30 @@ def names_of(records, data, numbers):
 def table(records, names, labels, rows, numbers=QUALITY):
     """Markdown: a line for each of rows [(labels, where)], a column for each data set of ours, and one for
     each of the paper's, `names`."""
-    wheres, used, theirs = [where for _, where in rows], [], []
+    def measured(number, where):
+        return show(cell(records, number, where))
+
+    def predicted(number, where):
+        return show(pair(records, number, where)[1])
+
+    def printed(number, where):
+        return plain(paper(number, where))
+
+    wheres, groups, used = [where for _, where in rows], [], []        # groups: a column for each
     ours = [(data, names_of(records, data, numbers)) for data in columns(records, wheres, names, numbers)]
-    for data in [dict(data=name) for name in names if "distance" in numbers]:
-        known = [n for n in ("FID", "IS") if any(paper(n, where | data) for where in wheres)]
-        theirs += [(data, known)] if known else []
-    exact = [(data, known) for data, known in ours
-             if any({n + EXACT for n in known} & {*r} for r in matching(records, data))]
-    header = [f"{whose} ({' / '.join(known)}, {label_of(data)})"
-              for whose, sets in (("ours", ours), ("closed form", exact), ("paper", theirs))
-              for data, known in sets]
+    groups += [("ours", data, known, measured) for data, known in ours]
+    for data, known in ours:
+        if any(n + EXACT in r for r in matching(records, data) for n in known):
+            groups.append(("closed form", data, known, predicted))
+    for name in names if "distance" in numbers else []:
+        data = dict(data=name)
+        if known := [n for n in ("FID", "IS") if any(paper(n, where | data) for where in wheres)]:
+            groups.append(("paper", data, known, printed))
+    header = [f"{whose} ({' / '.join(known)}, {label_of(data)})" for whose, data, known, _ in groups]
     lines = []
     for texts, where in rows:
-        line = [joined(show(pair(records, n, where | data)[k]) for n in known)
-                for k, sets in enumerate((ours, exact)) for data, known in sets]
-        line += [joined(plain(paper(n, where | data)) for n in known) for data, known in theirs]
-        lines.append([*texts, *line])
+        lines.append([*texts, *(joined(text(number, where | data) for number in known)
+                                for _, data, known, text in groups)])
         used += [r for data, known in ours for r in matching(records, where | data) if {*known} & {*r}]
     place = " Heun's sampling takes the place of DDPM's." if any(r["sampler"] == "heun" for r in used) else ""
     return f"{scale(used)}{place}\n\n{markdown([*labels, *header], lines)}"
@@ -443,6 +449,11 @@ def sampler_name(sampler):
     return "Heun" if sampler == "heun" else sampler.upper()
 
 
+def sampling(where):
+    """How samples were made, in words."""
+    return f"{sampler_name(where['sampler'])} {where['steps']}"
+
+
 def span(values):
     """The smallest and the largest of some numbers."""
     values = sorted({v for v in values if v is not None})
@@ -456,16 +467,20 @@ def scale(used):
     text = []
     for data in dict.fromkeys(map(label_of, used)):
         here = [r for r in used if label_of(r) == data]
+        networks, weightings = (sorted({r[name] for r in here}) for name in ("network", "weighting"))
         shares = sorted({r["reg_share"] for r in here if r["lam"] is not None}) or [1]
-        weightings = sorted({r["weighting"] for r in here})
-        text.append(f"{data}: network {', '.join(sorted({r['network'] for r in here}))}, trained for "
-                    f"{span(r['step'] for r in here)} steps of {span(r['batch'] for r in here)} images"
-                    + (f", regulariser on {' or '.join(map(plain, shares))} of them" if shares != [1] else "")
-                    + (f", weighting {', '.join(weightings)}" if weightings != ["paper"] else "")
-                    + (", preconditioned" if any(r["precondition"] for r in here) else "")
-                    + f"; {span(r['n'] for r in here)} samples, " + ", ".join(
-                        f"{sampler_name(name)} {span(r['steps'] for r in here if r['sampler'] == name)} steps"
-                        for name in dict.fromkeys(r["sampler"] for r in here)))
+        own = (f"{data}: network {', '.join(networks)}, trained for {span(r['step'] for r in here)} steps of "
+               f"{span(r['batch'] for r in here)} images")
+        if shares != [1]:
+            own += f", regulariser on {' or '.join(map(plain, shares))} of them"
+        if weightings != ["paper"]:
+            own += f", weighting {', '.join(weightings)}"
+        if any(r["precondition"] for r in here):
+            own += ", preconditioned"
+        own += f"; {span(r['n'] for r in here)} samples"
+        for name in dict.fromkeys(r["sampler"] for r in here):
+            own += f", {sampler_name(name)} {span(r['steps'] for r in here if r['sampler'] == name)} steps"
+        text.append(own)
     seeds = Counter(name for name, _ in {(r["cell"], r["seed"]) for r in used}).values()
     text.append(f"{span(seeds)} seed(s)" + (", ± their sample deviation" if max(seeds) > 1 else ""))
     return f"Scale: {'; '.join(text)}."
@@ -581,12 +596,13 @@ def curves(results, name, panels, xlabel, ylabel="", xscale="log"):
         for k, (label, points) in enumerate(lines.items()):
             method, bracket, _ = label.partition(" (")
             colour = MODEL_COLOURS.get(method, f"C{k}")
-            x, y, deviation = np.array([(x, found[0], found[1] or 0) for x, found, _ in points if found]
-                                       or np.empty((0, 3))).T
-            ax.errorbar(x, y, deviation, fmt="o:" if bracket else "o-", color=colour, capsize=2, markersize=4,
-                        markerfacecolor="white" if bracket else colour, label=label)
-            exact = np.array([(x, form[0]) for x, _, form in points if form] or np.empty((0, 2))).T
-            ax.plot(*exact, "--", color=colour, label="closed form" if exact.size else None)
+            measured = [(x, found) for x, found, _ in points if found]
+            ax.errorbar([x for x, _ in measured], [found[0] for _, found in measured],
+                        [found[1] or 0 for _, found in measured], fmt="o:" if bracket else "o-", color=colour,
+                        capsize=2, markersize=4, markerfacecolor="white" if bracket else colour, label=label)
+            exact = [(x, form) for x, _, form in points if form]
+            ax.plot([x for x, _ in exact], [form[0] for _, form in exact], "--", color=colour,
+                    label="closed form" if exact else None)
         ax.set(xscale=xscale, yscale="log", title=title, xlabel=xlabel)
         ax.tick_params(which="minor", labelsize=6)          # of less than a decade: they would meet
         if xscale == "linear":
@@ -639,7 +655,8 @@ def model_strip(results, name, kind, models):
     as they are there. -> its link, or ""."""
     seen = models[0][1]["picture"].with_name("training-images.png")
     files = [(f"training images, {kind['noise']}", seen), *((title, r["picture"]) for title, r in models)]
-    return strip(results, name, [(title, tiles_of(file, kind["size"])) for title, file in files if file.is_file()])
+    return strip(results, name, [(title, tiles_of(file, kind["size"]))
+                                 for title, file in files if file.is_file()])
 
 
 def sample_strips(results, name, models, least):
@@ -778,7 +795,8 @@ def cost(results):
                   for m, cells in found.items()]
         ran, adv = found["ran"][1], found["adv"][1]
         results.claims += [
-            judge("a training step of adv costs 2.5 of DDPM's", "3.1", label, *COSTS, [adv]) | dict(paper="2.5"),
+            judge("a training step of adv costs 2.5 of DDPM's", "3.1", label, *COSTS, [adv])
+            | dict(paper="2.5"),
             judge("ran costs less than adv", "3.1", label, *LESS, [ran, adv])]
     return "3.1: cost of a training step", markdown(
         ["measured on", "model", "seconds", "× DDPM's", "peak memory (GiB)", "paper (× DDPM's)"],
@@ -926,7 +944,7 @@ def speed(results):
         for own in distinct(scored, "lam", "method", "batch", "sampler", "steps", *SPEED[:-1]):
             labels = [METHODS[own["method"]], plain(own["reg_share"]) if own["lam"] else DASH,
                       own["weighting"] + (", preconditioned" if own["precondition"] else ""),
-                      own["network"], f"{sampler_name(own['sampler'])} {own['steps']}"]
+                      own["network"], sampling(own)]
             a_step, cost, _ = costs_of(results, {name: (own | kind)[name] for name in COSTED})
             reached = False
             for step in sorted({r["step"] for r in matching(scored, own)}):
@@ -981,8 +999,9 @@ def evaluations(results):
 
 def model_name(where):
     """A model by its method and all that is unusual of it."""
-    return METHODS[where["method"]] + (f", λ {where['lam']}" if where["lam"] else "") + (
-        f", {where['odd']}" if where["odd"] else "") + (", fine-tuned" if where["tuned"] else "")
+    parts = [METHODS[where["method"]], where["lam"] and f"λ {where['lam']}", where["odd"],
+             where["tuned"] and "fine-tuned"]
+    return ", ".join(part for part in parts if part)
 
 
 def optimum(results):
@@ -999,9 +1018,10 @@ def optimum(results):
         ours, form = pairs[0]
         reached = ours and form and abs(ours[0] - form[0]) <= max(form[0] / 20, ours[1] or 0)
         ratio = digits(ours[0] / form[0]) if ours and form and form[0] else DASH
-        ratio, at = (f"**{ratio}**", at + 1) if reached else (ratio, at)
+        if reached:
+            ratio, at = f"**{ratio}**", at + 1
         rows.append([label_of(where), where["noise"], model_name(where), f"{where['step']:,}",
-                     f"{sampler_name(where['sampler'])} {where['steps']}", ratio,
+                     sampling(where), ratio,
                      *(with_form(*both) for both in pairs), where["rule"]])
     header = ["data", "training data", "model", "steps trained", "sampling", "FD-exact over its closed form",
               *with_forms(THREE), "rule"]
@@ -1022,8 +1042,8 @@ def real(results):
         results.shown |= {r["path"] for r in own}
         numbers, rows, models = names_of(own, kind, QUALITY), [], []
         for where in distinct(own, *names):
-            made, name = f"{sampler_name(where['sampler'])} {where['steps']}", model_name(where)
-            rows.append([name, f"{where['step']:,}", made, *(show(cell(own, n, where)) for n in numbers)])
+            name = model_name(where)
+            rows.append([name, f"{where['step']:,}", sampling(where), *(show(cell(own, n, where)) for n in numbers)])
             models.append((name, matching(own, where)[0]))
         text += f"{label_of(kind)}, {kind['noise']}. {scale(own)}\n\n" + markdown(
             ["model", "steps trained", "sampling", *numbers], rows)
@@ -1082,25 +1102,28 @@ def regions(cells):
             best = min(own, key=lambda name: own[name][0])
             winners = " and ".join(name for name in own if name == best or not less(own[best], own[name]))
             found.setdefault(winners, {}).setdefault(sigma, []).append(f"{p:g}")
-    return "; ".join(f"**{winners}** with " + ", ".join(
-        f"σ {sigma:g} (p {', '.join(found[winners][sigma])})" for sigma in sorted(found[winners]))
-        for winners in found) or "not measured"
+    sentences = []
+    for winners, sigmas in found.items():
+        places = ", ".join(f"σ {sigma:g} (p {', '.join(ps)})" for sigma, ps in sorted(sigmas.items()))
+        sentences.append(f"**{winners}** with {places}")
+    return "; ".join(sentences) or "not measured"
 
 
 def question1(results, own):
     """Who wins where, at equal steps and at equal compute."""
-    ddpm, ran, adv, cheap, *aware = names = [
-        *(METHODS[m] for m in ("ddpm", "ran", "adv")), "Robust_adv at DDPM's compute",
-        "noise-aware (truth)", "noise-aware (wrong flags)", "noise-aware (all noisy)"]
-    places, text, maps = itertools.product((0.3, 0.6, 0.9, 1), (0.05, 0.1, 0.2)), "", {}
-    wheres = {(p, sigma): dict(zip(names, (
-        *(asked(m, noise_name(p, sigma)) for m in ("ddpm", "ran", "adv")),
-        asked("adv", noise_name(p, sigma), trained="equal compute"),
-        *(asked("ambient", noise_name(p, sigma), flags=flags) for flags in ("oracle", "conf1", "conf2")))))
-        for p, sigma in places}
-    for (p, _), ways in wheres.items():
+    ddpm, ran, adv = (METHODS[m] for m in ("ddpm", "ran", "adv"))
+    cheap, *aware = ["Robust_adv at DDPM's compute", "noise-aware (truth)", "noise-aware (wrong flags)",
+                     "noise-aware (all noisy)"]
+    names, text, maps, wheres = [ddpm, ran, adv, cheap, *aware], "", {}, {}
+    for p, sigma in itertools.product((0.3, 0.6, 0.9, 1), (0.05, 0.1, 0.2)):
+        noise = noise_name(p, sigma)
+        ways = {METHODS[m]: asked(m, noise) for m in ("ddpm", "ran", "adv")}
+        ways[cheap] = asked("adv", noise, trained="equal compute")
+        ways |= {name: asked("ambient", noise, flags=flags)
+                 for name, flags in zip(aware, ("oracle", "conf1", "conf2"))}
         if p == 1:                                          # all wrong: all clean; and all are noisy
             ways |= {aware[1]: ways[ddpm], aware[2]: ways[aware[0]]}
+        wheres[p, sigma] = ways
     cells = {place: {name: cell(own, THREE[0], where) for name, where in ways.items()}
              for place, ways in wheres.items()}
     for budget, ours in (("compute", cheap), ("steps", adv)):
@@ -1112,9 +1135,13 @@ def question1(results, own):
     text += "\nWho wins where: the lowest mean, and what it is not below beyond the deviations.\n\n"
     for budget, ours in (("compute", [ddpm, cheap]), ("steps", [ddpm, ran, adv])):
         for told, race in (("", [*ours, *aware]), (", nobody told the truth", [*ours, *aware[1:]])):
-            once = {place: [name for k, name in enumerate(race) if ways[name] not in [
-                ways[other] for other in race[:k]]] for place, ways in wheres.items()}
-            racing = {place: {name: each[name] for name in once[place]} for place, each in cells.items()}
+            racing = {}
+            for place, ways in wheres.items():
+                once = []                                   # one model under two names races once
+                for name in race:
+                    if all(ways[name] != ways[other] for other in once):
+                        once.append(name)
+                racing[place] = {name: cells[place][name] for name in once}
             text += f"- Equal {budget}{told}: {regions(racing)}.\n"
     for number in THREE:
         text += f"\n{number} (closed form):\n\n" + markdown(["training data", *names], [
@@ -1168,9 +1195,11 @@ def question2(results, own):
     for (family, k), line in lines.items():
         if quarter and line and line[0][0] <= quarter <= line[-1][0]:
             best[k][family] = math.exp(np.interp(math.log(quarter), *np.log(line).T))
-    said = [f"{whose} " + (", ".join(f"{digits(x)} ({family})" for x, family in sorted(
-        (x, family) for family, x in found.items())) or "none comes so far")
-        for whose, found in zip(("trained networks", "the closed form"), best)]
+    said = []
+    for whose, found in zip(("trained networks", "the closed form"), best):
+        ranking = sorted((x, family) for family, x in found.items())
+        in_words = ", ".join(f"{digits(x)} ({family})" for x, family in ranking)
+        said.append(f"{whose} {in_words or 'none comes so far'}")
     text = ("FD-exact on clean data where noise of 0.2 falls to a quarter, the best first: "
             f"{'; '.join(said)}.\nA quarter: of the ρ that DDPM's closed form has, all images noisy; between "
             "two λ, logarithms are interpolated.\n"
@@ -1181,8 +1210,7 @@ def question2(results, own):
     if results.plt and any(lines.values()):
         figure, ax = results.plt.subplots(figsize=(6.4, 4.8), layout="constrained")
         for (family, k), line in lines.items():
-            y, x = np.array(line or np.empty((0, 2))).T
-            ax.plot(x, y, ("o-", "--")[k], color=f"C{[*fronts].index(family)}", label=None if k else family)
+            ax.plot([x for _, x in line], [y for y, _ in line], ("o-", "--")[k], color=f"C{[*fronts].index(family)}", label=None if k else family)
         if quarter:
             ax.axhline(quarter, color="grey", linestyle=":", label="a quarter of the noise")
         ax.set(xscale="log", yscale="log", xlabel="FD-exact, trained on clean data",
@@ -1204,10 +1232,14 @@ def question3(results, own):
                 continue
             shares = []
             for n in (number, number + EXACT):
-                clean, ddpm, adv = (found and found[0]**2 for found in (cell(own, n, way) for way in ways))
-                known = None not in (clean, ddpm, adv) and ddpm > clean
-                shares.append(math.sqrt(max(0, adv - clean) / (ddpm - clean)) if known else None)
-            left += [x for x in shares[:1] if x is not None]
+                found = [cell(own, n, way) for way in ways]
+                share = None
+                if all(found):
+                    clean, ddpm, adv = (mean**2 for mean, *_ in found)
+                    share = math.sqrt(max(0, adv - clean) / (ddpm - clean)) if ddpm > clean else None
+                shares.append(share)
+            if shares[0] is not None:
+                left.append(shares[0])
             rows.append([label_of(data), noise_name(1, sigma), f"λ {lam}, ω 8",
                          *(DASH if x is None else f"{100 * x:.0f} %" for x in shares),
                          number, *(text_of(own, number, way) for way in ways),
@@ -1280,7 +1312,7 @@ def question6(results, own):
               for weighting in ("edm", "paper") for sampler, steps in (("heun", 18), ("ddpm", 35))
               for m in ("ddpm", "ran", "adv")]
     ddpm, _, adv = ([cell(own, n, way) for n in THREE] for way in wheres[:3])
-    rows = [[way["weighting"], f"{sampler_name(way['sampler'])} {way['steps']}", METHODS[way["method"]],
+    rows = [[way["weighting"], sampling(way), METHODS[way["method"]],
              *(text_of(own, n, way) for n in THREE)] for way in wheres]
     return "The method on EDM", (
         "The method on EDM (its network, weighting and sampler), beside DDPM on it: "
