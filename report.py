@@ -217,11 +217,11 @@ def numbers_of(result):
             raise ValueError("a histogram whose edges do not fit")
         more = {"features": str(result["features"]), "histogram": [edges, *counts]}
     elif "metric" in result:
+        names["value"], form = result["metric"], result.get("closed_form")
         numbers = {result["metric"]: result["value"]} | numbers if result["metric"] in BESIDE else {}
-        if numbers and result.get("closed_form"):
-            numbers |= {f"{names.get(key, result['metric'])}{EXACT}": value for key, value
-                        in result["closed_form"].items() if key in names or key == "value"}
-            more = {"rule": str(result["closed_form"]["closed_form"])}
+        if numbers and form:
+            numbers |= {names[key] + EXACT: value for key, value in form.items() if key in names}
+            more = {"rule": str(form["closed_form"])}
     if not numbers:
         raise ValueError("no number that is known")
     for name, value in numbers.items():
@@ -244,8 +244,11 @@ def read_score(path):
         if r["lam"] is not None:
             settings |= {name: made["config"]["training"][name] for name in ("lam_units", "omega", "gamma")}
         odd = [f"{k} is {v}" for k, v in settings.items() if v not in STANDARD.get(k, [v])]
-        percent = round(100 * attack["steps_attacked"] / made["steps"]) if attack else None
-        name = attack["name"] + " as printed" * attack["as_printed"] if percent else None      # of 0 % none
+        name, percent = None, None
+        if attack:
+            percent = round(100 * attack["steps_attacked"] / made["steps"])
+        if percent:                                         # of 0 % of the steps it is none
+            name = attack["name"] + (" as printed" if attack["as_printed"] else "")
         r["variant"] += json.dumps(attack)
         return checked(r | numbers | dict(
             path=path, left=odd[0] if odd else None, odd=", ".join(odd), measures=sorted(numbers),
@@ -258,10 +261,13 @@ def read_benchmark(path):
     """What train.py --benchmark measured -> a record for each method; cost: as a multiple of DDPM's step."""
     with reading(path, "train.py --benchmark"):
         result = load(path)
-        config, methods = result["config"], result["methods"]
-        return [checked(facts(config | dict(training=config["training"] | dict(method=method))) | dict(
-            seconds=own["seconds"], cost=own["seconds"] / methods["ddpm"]["seconds"], memory=own["peak_gib"],
-            device=result["device"])) for method, own in methods.items()]
+        config, methods, records = result["config"], result["methods"], []
+        for method, own in methods.items():
+            model = facts(config | dict(training=config["training"] | dict(method=method)))
+            records.append(checked(model | dict(
+                device=result["device"], seconds=own["seconds"], memory=own["peak_gib"],
+                cost=own["seconds"] / methods["ddpm"]["seconds"])))
+        return records
 
 
 def read_log(path):
@@ -365,30 +371,26 @@ def names_of(records, data, numbers):
 def table(records, names, labels, rows, numbers=QUALITY):
     """Markdown: a line for each of rows [(labels, where)], a column for each data set of ours, and one for
     each of the paper's, `names`."""
-    def measured(number, where):
-        return show(cell(records, number, where))
+    def text(whose, number, where):
+        if whose == "paper":
+            return plain(paper(number, where))
+        found, form = pair(records, number, where)
+        return show(found if whose == "ours" else form)
 
-    def predicted(number, where):
-        return show(pair(records, number, where)[1])
-
-    def printed(number, where):
-        return plain(paper(number, where))
-
-    wheres, groups, used = [where for _, where in rows], [], []        # groups: a column for each
+    wheres, used = [where for _, where in rows], []
     ours = [(data, names_of(records, data, numbers)) for data in columns(records, wheres, names, numbers)]
-    groups += [("ours", data, known, measured) for data, known in ours]
+    groups = [("ours", data, known) for data, known in ours]           # a column for each
     for data, known in ours:
-        if any(n + EXACT in r for r in matching(records, data) for n in known):
-            groups.append(("closed form", data, known, predicted))
-    for name in names if "distance" in numbers else []:
-        data = dict(data=name)
+        if any(number + EXACT in r for r in matching(records, data) for number in known):
+            groups.append(("closed form", data, known))
+    for data in [dict(data=name) for name in names if "distance" in numbers]:
         if known := [n for n in ("FID", "IS") if any(paper(n, where | data) for where in wheres)]:
-            groups.append(("paper", data, known, printed))
-    header = [f"{whose} ({' / '.join(known)}, {label_of(data)})" for whose, data, known, _ in groups]
+            groups.append(("paper", data, known))
+    header = [f"{whose} ({' / '.join(known)}, {label_of(data)})" for whose, data, known in groups]
     lines = []
     for texts, where in rows:
-        lines.append([*texts, *(joined(text(number, where | data) for number in known)
-                                for _, data, known, text in groups)])
+        lines.append([*texts, *(joined(text(whose, number, where | data) for number in known)
+                                for whose, data, known in groups)])
         used += [r for data, known in ours for r in matching(records, where | data) if {*known} & {*r}]
     place = " Heun's sampling takes the place of DDPM's." if any(r["sampler"] == "heun" for r in used) else ""
     return f"{scale(used)}{place}\n\n{markdown([*labels, *header], lines)}"
@@ -539,9 +541,11 @@ def claim(results, text, place, numbers, rule, *wheres):
     theirs = {name: [paper(number, where | dict(data=name)) for where in wheres] for name in DATA}
     theirs = {name: values for name, values in theirs.items() if None not in values}
     for data in columns(records, wheres, theirs, numbers):
-        says = [f"{number} {DATA[name]}: {', '.join(map(plain, values))}"
-                + ("" if rule[1](*values) > 0 else " (against its own claim)")
-                for name, values in theirs.items() if name == data["data"] or data["data"] not in theirs]
+        says = []
+        for name, values in theirs.items():
+            if name == data["data"] or data["data"] not in theirs:
+                note = "" if rule[1](*values) > 0 else " (against its own claim)"
+                says.append(f"{number} {DATA[name]}: {', '.join(map(plain, values))}{note}")
         for own in names_of(records, data, numbers):
             cells, forms = zip(*(pair(records, own, where | data) for where in wheres))
             exact = [form and form[0] for form in forms]
@@ -565,8 +569,8 @@ def claims_text(claims):
     groups = {verdict: [c for c in claims if c["verdict"] == verdict] for verdict in VERDICTS}
     said = "of the claims {} hold, {} do not hold, {} cannot be shown at this scale".format(
         *map(len, groups.values()))
-    against = sum({c["verdict"], c["closed_form"]} == {HOLDS, FAILS} for c in claims)
-    text = f"{CLAIMS}\n\n{said.capitalize()}; of {against} the closed form says the opposite.\n\n"
+    opposite = sum({c["verdict"], c["closed_form"]} == {HOLDS, FAILS} for c in claims)
+    text = f"{CLAIMS}\n\n{said.capitalize()}; of {opposite} the closed form says the opposite.\n\n"
     return said, text + "\n".join(f"### {verdict.capitalize()}: {len(own)}\n\n{claims_table(own)}"
                                   for verdict, own in groups.items() if own)
 
@@ -585,9 +589,9 @@ def chart(results, name, figure):
 
 
 def curves(results, name, panels, xlabel, ylabel="", xscale="log"):
-    """A panel for each of {title: {label: [(x, cell or None, closed form or None)]}}, which is dashed; y is
-    logarithmic. A model has its colour, and open marks with something in brackets behind its name. -> the
-    link, or "" where there is nothing, or no matplotlib."""
+    """A panel for each of {title: {label: [(x, cell or None, closed form or None)]}}; closed forms are
+    dashed, y is logarithmic. A model has its colour, and open marks with something in brackets behind its name.
+    -> the link, or "" where there is nothing, or no matplotlib."""
     if not results.plt or not panels:
         return ""
     figure, axes = results.plt.subplots(1, len(panels), figsize=(3.2 * len(panels) + 0.6, 3.6), squeeze=False,
@@ -985,8 +989,8 @@ def evaluations(results):
                 sampler, n = sampler_name(each["sampler"]), each["steps"]
                 n = 2 * n - 1 if sampler == "Heun" else n
                 found, form = pair(own, number, each)
-                line = f"{sampler} sampling"                # DDPM alone is a model, and has its colour
-                panels.setdefault(name, {}).setdefault(line, []).append((n, found, form))
+                label = f"{sampler} sampling"               # DDPM alone is a model, and has its colour
+                panels.setdefault(name, {}).setdefault(label, []).append((n, found, form))
                 lines.setdefault((sampler, n), {})[name] = with_form(found, form)
         if panels:
             text += f"{label_of(kind)}, {kind['noise']}. {scale(sum(models.values(), []))}\n\n" + markdown(
@@ -999,8 +1003,8 @@ def evaluations(results):
 
 def model_name(where):
     """A model by its method and all that is unusual of it."""
-    parts = [METHODS[where["method"]], where["lam"] and f"λ {where['lam']}", where["odd"],
-             where["tuned"] and "fine-tuned"]
+    parts = [METHODS[where["method"]], f"λ {where['lam']}" if where["lam"] else "", where["odd"],
+             "fine-tuned" if where["tuned"] else ""]
     return ", ".join(part for part in parts if part)
 
 
@@ -1043,7 +1047,8 @@ def real(results):
         numbers, rows, models = names_of(own, kind, QUALITY), [], []
         for where in distinct(own, *names):
             name = model_name(where)
-            rows.append([name, f"{where['step']:,}", sampling(where), *(show(cell(own, n, where)) for n in numbers)])
+            rows.append([name, f"{where['step']:,}", sampling(where),
+                         *(show(cell(own, n, where)) for n in numbers)])
             models.append((name, matching(own, where)[0]))
         text += f"{label_of(kind)}, {kind['noise']}. {scale(own)}\n\n" + markdown(
             ["model", "steps trained", "sampling", *numbers], rows)
@@ -1210,7 +1215,8 @@ def question2(results, own):
     if results.plt and any(lines.values()):
         figure, ax = results.plt.subplots(figsize=(6.4, 4.8), layout="constrained")
         for (family, k), line in lines.items():
-            ax.plot([x for _, x in line], [y for y, _ in line], ("o-", "--")[k], color=f"C{[*fronts].index(family)}", label=None if k else family)
+            ax.plot([x for _, x in line], [y for y, _ in line], ("o-", "--")[k],
+                    color=f"C{[*fronts].index(family)}", label=None if k else family)
         if quarter:
             ax.axhline(quarter, color="grey", linestyle=":", label="a quarter of the noise")
         ax.set(xscale="log", yscale="log", xlabel="FD-exact, trained on clean data",
@@ -1296,14 +1302,14 @@ def question5(results, own):
         return "; ".join(f"{word} ({', '.join(noise for noise in noises if found[noise] == word)})"
                          for word in dict.fromkeys(found.values()))
 
-    rows = [[noise, METHODS[way["method"]], *(text_of(own, n, way) for n in THREE)]
-            for noise, both in ways.items() for way in both]
+    wheres = [way for both in ways.values() for way in both]
+    rows = [[way["noise"], METHODS[way["method"]], *(text_of(own, n, way) for n in THREE)] for way in wheres]
     return "Other corruptions", (
         f"Robust_adv's FD-exact is, beside DDPM's, {said(THREE[0])}.\nBy the closed form, which sees nothing "
-        f"but what a corruption does to the images' covariance, it is {said(THREE[0] + EXACT)}. The regulariser "
-        "can but shrink what varies little: it takes away what a corruption adds, and gives back nothing that "
-        "one takes away.\n\n" + markdown(["training data", "model", *with_forms(THREE)], rows)), sum(
-            ways.values(), [])
+        f"but what a corruption does to the images' covariance, it is {said(THREE[0] + EXACT)}. The "
+        "regulariser can but shrink what varies little: it takes away what a corruption adds, and gives back "
+        "nothing that one takes away.\n\n"
+        + markdown(["training data", "model", *with_forms(THREE)], rows)), wheres
 
 
 def question6(results, own):
@@ -1327,13 +1333,15 @@ def question7(results, own):
     numbers = "displacement", "by random signs as large", THREE[0]
     kinds = dict(drift=dict(sampler="ddpm", steps=24, percent=100), trajectory=dict(percent=6))     # 1 of 18
     for noise, attack, budget in itertools.product((CLEAN, NOISY[1]), kinds, (0, 0.1, 0.25, 0.5, 1)):
-        odd = ["where is first"] * (attack == "trajectory") + [f"eps_scale is {budget}"] * (budget != 1)
+        odd = ["where is first"] if attack == "trajectory" else []
+        if budget != 1:
+            odd.append(f"eps_scale is {budget}")
         how = kinds[attack] | dict(attack=attack, odd=", ".join(odd))
         if budget == 0:                                     # the same images, not attacked
             how |= dict(attack=None, odd="", percent=0)
         ways = [asked(m, noise, **how) for m in ("ddpm", "ran", "adv")]
         found = [[cell(own, n, way) for n in numbers] for way in ways]
-        if any(each for own_cells in found for each in own_cells):
+        if any(map(any, found)):                            # a model of the three has any of the numbers
             for way, (far, signs, distance) in zip(ways, found):
                 name, lines = METHODS[way["method"]], panels.setdefault(f"{attack}, {noise}", {})
                 rows.append([noise, attack, budget, name, show(far), show(signs), show(distance)])
@@ -1381,11 +1389,11 @@ def questions(results):
     full = max(counts, key=lambda step: (counts[step], step), default=0)
     for r in own:                                           # run_all.sh's equal_compute
         r["trained"] = {full: "whole", full * 5 // 9: "equal compute"}.get(r["step"])
-    for k, question in enumerate((question1, question2, question3, question4, question5, question6, question7,
-                                  question8), 1):
+    asked_in_order = (question1, question2, question3, question4, question5, question6, question7, question8)
+    for k, question in enumerate(asked_in_order, 1):
         title, answer, wheres = question(results, own)
         used = [r for where in distinct(wheres, *wheres[0]) for r in matching(own, where)] if wheres else []
-        measured = used or wheres is None and results.benchmarks
+        measured = results.benchmarks if wheres is None else used
         text += (f"### {k}. {title}\n\n{answer if measured else NOT_YET}\n`bash run_all.sh quick "
                  f"question{k}`. {scale(used) if used else ''}\n\n")
     return "What the paper's readers asked (beyond the paper)", text
