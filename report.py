@@ -590,8 +590,8 @@ def chart(results, name, figure):
 
 def curves(results, name, panels, xlabel, ylabel="", xscale="log"):
     """A panel for each of {title: {label: [(x, cell or None, closed form or None)]}}; closed forms are
-    dashed, y is logarithmic. A model has its colour, and open marks with something in brackets behind its name.
-    -> the link, or "" where there is nothing, or no matplotlib."""
+    dashed, y is logarithmic. A model has its colour, and open marks with something in brackets behind its
+    name. -> the link, or "" where there is nothing, or no matplotlib."""
     if not results.plt or not panels:
         return ""
     figure, axes = results.plt.subplots(1, len(panels), figsize=(3.2 * len(panels) + 0.6, 3.6), squeeze=False,
