@@ -210,12 +210,14 @@ def numbers_of(result):
              "noise_mean": "noise estimate", "rms": "displacement", "rms_noise": "by random signs as large"}
     numbers, more = {names[key]: value for key, value in result.items() if key in names}, {}
     if result.get("metric") == "memorisation":
-        own, histogram = result["generated"], result["histogram"]
-        numbers = {"share ≥ 0.9": own["share"], "mean similarity": own["mean"], "95th percentile": own["p95"]}
+        histogram = result["histogram"]
+        numbers, yardstick = ({"share ≥ 0.9": own["share"], "mean similarity": own["mean"], "95th percentile":
+                               own["p95"]} for own in (result["generated"], result["train"]))
         edges, *counts = (np.array(histogram[name], float) for name in ("edges", "generated", "train"))
         if edges.ndim != 1 or {each.shape for each in counts} != {(len(edges) - 1,)}:
             raise ValueError("a histogram whose edges do not fit")
-        more = {"features": str(result["features"]), "histogram": [edges, *counts]}
+        more = {"features": str(result["features"]), "histogram": [edges, *counts],
+                "yardstick": {number: float(value) for number, value in yardstick.items()}}
     elif "metric" in result:
         names["value"], form = result["metric"], result.get("closed_form")
         numbers = {result["metric"]: result["value"]} | numbers if result["metric"] in BESIDE else {}
@@ -589,9 +591,10 @@ def chart(results, name, figure):
 
 
 def curves(results, name, panels, xlabel, ylabel="", xscale="log"):
-    """A panel for each of {title: {label: [(x, cell or None, closed form or None)]}}; closed forms are
-    dashed, y is logarithmic. A model has its colour, and open marks with something in brackets behind its
-    name. -> the link, or "" where there is nothing, or no matplotlib."""
+    """A panel for each of {title: {label: [(x, cell or None, closed form or None)]}} that has a label; closed
+    forms are dashed, y is logarithmic. A model has its colour, and open marks with something in brackets
+    behind its name. -> the link, or "" where there is nothing, or no matplotlib."""
+    panels = {title: lines for title, lines in panels.items() if lines}
     if not results.plt or not panels:
         return ""
     figure, axes = results.plt.subplots(1, len(panels), figsize=(3.2 * len(panels) + 0.6, 3.6), squeeze=False,
@@ -604,9 +607,10 @@ def curves(results, name, panels, xlabel, ylabel="", xscale="log"):
             ax.errorbar([x for x, _ in measured], [found[0] for _, found in measured],
                         [found[1] or 0 for _, found in measured], fmt="o:" if bracket else "o-", color=colour,
                         capsize=2, markersize=4, markerfacecolor="white" if bracket else colour, label=label)
-            exact = [(x, form) for x, _, form in points if form]
-            ax.plot([x for x, _ in exact], [form[0] for _, form in exact], "--", color=colour,
-                    label="closed form" if exact else None)
+            exact = [(x, form[0]) for x, _, form in points if form]
+            if exact:
+                ax.plot([x for x, _ in exact], [y for _, y in exact], "--", color=colour)
+                ax.plot([], [], "--", color="grey", label="closed form")    # in the legend, of no one model
         ax.set(xscale=xscale, yscale="log", title=title, xlabel=xlabel)
         ax.tick_params(which="minor", labelsize=6)          # of less than a decade: they would meet
         if xscale == "linear":
@@ -792,8 +796,9 @@ def costs_of(results, where):
 def cost(results):
     """A training step with the regulariser on the whole batch, by train.py --benchmark."""
     lines, on_all = [], matching(results.benchmarks, dict(method="adv", reg_share=1.0))
-    for own in distinct(on_all, "data", "size", "network", "batch", "device", "reg_share"):
-        label = f"{label_of(own)}, network {own['network']}, batch {own['batch']}, {own['device']}"
+    for own in distinct(on_all, "data", "size", "network", "precondition", "batch", "device", "reg_share"):
+        kind = ", preconditioned" if own["precondition"] else ""
+        label = f"{label_of(own)}, network {own['network']}{kind}, batch {own['batch']}, {own['device']}"
         found = {m: costs_of(results, own | dict(method=m)) for m in ("ddpm", "ran", "adv")}
         lines += [[label, METHODS[m], *map(show, cells), plain(paper("cost", dict(method=m)))]
                   for m, cells in found.items()]
@@ -835,17 +840,21 @@ def fig6(results):
     seen = [r for _, where in rows for r in matching(results.records, where | data) if "histogram" in r]
     features = ", ".join(sorted({r["features"] for r in seen})) or DASH
     text += f"\nFeatures that are compared (the paper: DINOv2): {features}.\n"
+    for r in seen[:1]:
+        own = "; ".join(f"{number} {digits(value)}" for number, value in r["yardstick"].items())
+        text += f"Training images, each with the nearest other one: {own}.\n"
     if results.plt and seen:
         figure, ax = results.plt.subplots(figsize=(5.5, 3.5), layout="constrained")
         edges, _, train = seen[0]["histogram"]
+        filled = [low for r in seen for low, *counts in zip(*r["histogram"]) if any(counts)]
         lines = {METHODS[r["method"]]: (r["histogram"][1], COLOURS[r["method"]], "-") for r in seen}
         lines["training images"] = train, "black", ":"
         for label, (counts, colour, style) in lines.items():
             share = [100 * count / max(1, sum(counts)) for count in counts]
             ax.stairs(share, edges, label=label, color=colour, linestyle=style)
-        ax.axvline(0.9, color="grey", linewidth=0.8)
-        ax.set(xlabel=f"similarity to the nearest training image ({features})", ylabel="% of the images",
-               title=f"{label_of(data)}, clean")
+        ax.axvline(0.9, color="grey", linewidth=0.8, label="0.9: the same image, says the paper")
+        ax.set(xlim=(min(filled), 1), xlabel=f"similarity to the nearest training image ({features})",
+               ylabel="% of the images", title=f"{label_of(data)}, clean")
         ax.legend()
         text += chart(results, "fig6", figure)
     return "Fig. 6 left: similarity to the nearest training image, clean data", text
@@ -879,17 +888,22 @@ def fig8(results):
     number = names_of(results.records, data, ["distance"])[0]
     for attack in ATTACKS:
         if attack != "noise" and matching(attacked, data | dict(attack=attack)):
-            panels[attack] = {METHODS[m] + bracket: [
-                (k, cell(attacked, number, of(m, CLEAN, attack=a, percent=k) | data), None) for k in PERCENT]
-                for a, bracket in {attack: "", "noise": " (random signs)"}.items() for m in ("ddpm", "adv")}
+            panels[attack] = {}
+            for a, bracket in {attack: "", "noise": " (random signs)"}.items():
+                for m in ("ddpm", "adv"):
+                    ways = {k: of(m, CLEAN, attack=a if k else None, percent=k) for k in (0, *PERCENT)}
+                    panels[attack][METHODS[m] + bracket] = [
+                        (k, cell(results.records, number, way | data), None) for k, way in ways.items()]
+    drifting = {"drift": panels.pop("drift", {})}           # on an axis of its own: it is so much stronger
+    axes = "% of the steps attacked", f"{number}, {label_of(data)}", "linear"
     return "Fig. 8b: attacks on the sampling trajectory, clean data", (
         table(results.records, ["cifar10"], ["attack", "steps attacked", "model"], rows,
               [*QUALITY, "displacement", "by random signs as large"])
         + f"\npgd and eot: {span(r['iters'] for r in attacked)} iterations; eot: "
         f"{span(r['draws'] for r in attacked)} draws; as printed: Algorithms 3 and 4 but for 4's cost; "
         "noise: random signs; drift: ours. Displacement: rms a pixel, from the same noise's images without "
-        "attack.\n"
-        + curves(results, "fig8", panels, "% of the steps attacked", f"{number}, {label_of(data)}", "linear"))
+        "attack; by random signs as large: of other draws than noise's.\n"
+        + curves(results, "fig8", panels, *axes) + curves(results, "fig8-drift", drifting, *axes))
 
 
 def fig24(results):
@@ -965,7 +979,6 @@ def speed(results):
         text += f"{label_of(kind)}, {kind['noise']}. {scale(scored)}\n\n" + markdown(
             ["model", "share", "weighting", "network", "sampling", "steps trained", "a step (× DDPM's)",
              "seconds", "seconds to quality", *with_forms(numbers)], rows)
-        panels = {number: lines for number, lines in panels.items() if lines}
         text += curves(results, f"speed-{tail}", panels, "seconds of training") + "\n"
     return "Time to quality (beyond the paper)", (
         text + "Seconds: steps × a step's by train.py --benchmark; to quality: until the distance is within "
@@ -1287,8 +1300,7 @@ def question4(results, own):
                 + compared(numbers, ends["adv"][1:], ends["ran"][1:]) + ".")
     return "Random against adversarial perturbations, by cost", f"{said}\n\n" + markdown(
         ["model", "steps", "a step (× DDPM's)", "cost (steps of DDPM)", *with_forms(numbers)], rows) + curves(
-            results, "question4", {n: lines for n, lines in panels.items() if lines},
-            "cost of the training, in steps of DDPM"), wheres
+            results, "question4", panels, "cost of the training, in steps of DDPM"), wheres
 
 
 def question5(results, own):
@@ -1329,7 +1341,7 @@ def question6(results, own):
 
 def question7(results, own):
     """What survives of robustness under attacks that look beyond one step."""
-    rows, panels, wheres, moved, distances = [], {}, [], [], []
+    rows, panels, wheres, moved, by_signs, distances = [], {}, [], [], [], []
     numbers = "displacement", "by random signs as large", THREE[0]
     kinds = dict(drift=dict(sampler="ddpm", steps=24, percent=100), trajectory=dict(percent=6))     # 1 of 18
     for noise, attack, budget in itertools.product((CLEAN, NOISY[1]), kinds, (0, 0.1, 0.25, 0.5, 1)):
@@ -1349,12 +1361,13 @@ def question7(results, own):
                     lines.setdefault(name, []).append((budget, far, None))
                     lines.setdefault(f"{name} (random signs)", []).append((budget, signs, None))
             if budget:
-                moved.append((found[2][0], found[0][0]))
-                distances.append((found[2][2], found[0][2]))
+                for k, pairs in enumerate((moved, by_signs, distances)):
+                    pairs.append((found[2][k], found[0][k]))
             wheres += ways
     return "Adaptive attacks", (
         "Of these attacks and budgets, Robust_adv's images are moved less far than DDPM's in "
-        f"{counted(moved)}, and their FD-exact stays lower in {counted(distances)}.\n\n"
+        f"{counted(moved)}, by random signs as large in {counted(by_signs)}; their FD-exact stays lower in "
+        f"{counted(distances)}.\n\n"
         + markdown(["training data", "attack", "ε-scale", "model", *numbers], rows)
         + "\ndrift: on each of 24 DDPM steps; trajectory: on x_T alone, by the gradient through all 18 Heun "
         "steps. ε-scale: of the paper's budget; 0: not attacked. Displacement: rms a pixel.\n"

@@ -387,13 +387,17 @@ def write_benchmark(folder, seconds, **settings):
 
 
 def test_cost_comes_from_the_benchmarks(tmp_path):
-    """Catches seconds shown as a multiple, and the cost with a share of the batch taken for the paper's."""
+    """Catches seconds shown as a multiple, the cost with a share of the batch taken for the paper's, and two
+    parametrisations averaged."""
     write_benchmark(tmp_path / "runs/a", (0.5, 1.0, 1.25))
+    write_benchmark(tmp_path / "runs/c", (0.5, 1.5, 2.0), sigma_data=0.5)
     write_benchmark(tmp_path / "runs/b", (0.5, 1.0, 0.75), reg_share=0.25)
     text, claims = write_report(tmp_path / "runs", "--tables", "cost")
     where = f"{SUBSPACE}, network 32 × (1,), batch 64, cpu"
     assert cells(text, where, "Robust_adv") == ["1.25", "2.50", "0.500", "2.5"]
     assert cells(text, where, "Robust_ran") == ["1.00", "2.00", "0.500", "–"]
+    other = where.replace(",)", ",), preconditioned")
+    assert cells(text, other, "Robust_adv") == ["2.00", "4.00", "0.500", "2.5"]
     assert claims["a training step of adv costs 2.5 of DDPM's", where] == ("2.50", "holds")
     assert claims["ran costs less than adv", where] == ("2.00, 2.50", "holds")
 
@@ -467,6 +471,7 @@ def test_memorisation_and_toy(tmp_path):
         own = dict(mean=0.5 if method == "adv" else 0.625, p95=0.75, share=shared)
         write_score(tmp_path / "runs" / method, configuration(method, 0, 0), suffix="memorize",
                     metric="memorisation", features="pixels", generated=own,
+                    train=dict(mean=0.375, p95=0.5, share=0.0625),
                     histogram=dict(edges=[-1, 0, 1], generated=[1, 3], train=[2, 2]))
     said = report.judge("invariance diverges", "Fig. 10", "plane, rms", "2 × a < b", lambda a, b: b - 2 * a,
                         [(0.5, 0.0, 3), (0.75, 0.1, 3)])
@@ -480,7 +485,8 @@ def test_memorisation_and_toy(tmp_path):
                       figures=["fig2a.png", "lost.png"]), records=[record], claims=[said])))
     text, claims = write_report(tmp_path / "runs")
     assert cells(section(text, "Fig. 6 left"), "Robust_adv")[0] == "0.125 / 0.500 / 0.750"
-    assert "(the paper: DINOv2): pixels." in section(text, "Fig. 6 left")
+    assert ("(the paper: DINOv2): pixels.\nTraining images, each with the nearest other one: share ≥ 0.9 "
+            "0.0625; mean similarity 0.375; 95th percentile 0.500.") in section(text, "Fig. 6 left")
     assert claims["adv memorises less, clean data", f"{SUBSPACE}, share ≥ 0.9"] == ("0.125, 0.250", "holds")
     found = cells(text, "oblique-plane", "inlier adv")
     assert found == ["0.0784 ± 0.00500", "–", "0.900 ± 0.0100", "0.300 ± 0.0200", "0.0812", "0.882"]
@@ -760,16 +766,17 @@ def test_questions_5_to_7(tmp_path):
                               ("trajectory", dict(attack=attacked("trajectory", 100, 1, where="first",
                                                                   eps_scale=scale)))):
                 moved = (far + 4 * scale) * (1 if name == "drift" else 10)
-                for numbers in (dict(rms=moved, rms_noise=0.5), exact(moved + 1, 1.0)):
+                for numbers in (dict(rms=moved, rms_noise=far / 2), exact(moved + 1, 1.0)):
                     write_asked(runs, method, 0, numbers=numbers, **how,
                                 suffix="attack" if "rms" in numbers else "fd-exact")
     found = answer(asked(tmp_path), 7)
     assert cells(found, "90 % with σ 0.2", "drift", "0.25", "Robust_adv") == ["2.00", "0.500", "3.00"]
     assert cells(found, "90 % with σ 0.2", "drift", "1", "Robust_adv") == ["5.00", "0.500", "6.00"]
     assert cells(found, "90 % with σ 0.2", "drift", "0", "DDPM") == ["–", "–", "1.00"]
-    assert cells(found, "90 % with σ 0.2", "trajectory", "0.25", "DDPM") == ["30.0", "0.500", "31.0"]
+    assert cells(found, "90 % with σ 0.2", "trajectory", "0.25", "DDPM") == ["30.0", "1.00", "31.0"]
     # 2 and 3, 20 and 30: a tenth of each does not bridge them; 5 and 6, 50 and 60 it does.
-    assert "less far than DDPM's in 2 of 4 (higher in 0)" in found
+    assert ("less far than DDPM's in 2 of 4 (higher in 0), by random signs as large in 4 of 4 (higher in 0); "
+            "their") in found
 
 
 def test_charts_are_made_and_linked(tmp_path):
@@ -783,7 +790,7 @@ def test_charts_are_made_and_linked(tmp_path):
         config = configuration(method, 0, 0)
         write_score(runs / method, config, "f", attack=attacked("fgsm", 50), **exact(3.0, 1.0))
         write_score(runs / method, config, suffix="memorize", metric="memorisation", features="pixels",
-                    generated=dict(mean=0.5, p95=0.75, share=0.1),
+                    generated=dict(mean=0.5, p95=0.75, share=0.1), train=dict(mean=0.4, p95=0.7, share=0.1),
                     histogram=dict(edges=[-1, 0, 1], generated=[1, 3], train=[2, 2]))
     for sampler, steps in (("heun", 9), ("heun", 18), ("ddim", 50), ("ddim", 25)):
         write_score(runs / "adv-clean", configuration("adv", 0, 0), f"{sampler}-{steps}", sampler, steps,
