@@ -1111,20 +1111,20 @@ def counted(pairs):
 
 
 def regions(cells):
-    """{(p, sigma): {name: cell}} -> who wins where, a sentence for each winner: the lowest mean, and all
-    within whose deviations it is."""
+    """{(p, sigma): {name: cell}} -> who wins where, a point of a list for each set of winners: the lowest
+    mean, and all that it is not below beyond the deviations."""
     found = {}
     for (p, sigma), own in cells.items():
         own = {name: each for name, each in own.items() if each}
         if len(own) > 1:
             best = min(own, key=lambda name: own[name][0])
-            winners = " and ".join(name for name in own if name == best or not less(own[best], own[name]))
+            winners = ", ".join(name for name in own if name == best or not less(own[best], own[name]))
             found.setdefault(winners, {}).setdefault(sigma, []).append(f"{p:g}")
-    sentences = []
+    text = ""
     for winners, sigmas in found.items():
-        places = ", ".join(f"σ {sigma:g} (p {', '.join(ps)})" for sigma, ps in sorted(sigmas.items()))
-        sentences.append(f"**{winners}** with {places}")
-    return "; ".join(sentences) or "not measured"
+        places = "; ".join(f"σ {sigma:g}, p {', '.join(ps)}" for sigma, ps in sorted(sigmas.items()))
+        text += f"  - {places}: **{winners}**\n"
+    return text or "  - not measured\n"
 
 
 def question1(results, own):
@@ -1150,7 +1150,7 @@ def question1(results, own):
             for rival in (ddpm, *aware)) + " corruptions.\n"
         maps |= {f"equal {budget}: {adv} / {ddpm}": (ours, [ddpm]),
                  f"equal {budget}: {adv} / best noise-aware": (ours, aware)}
-    text += "\nWho wins where: the lowest mean, and what it is not below beyond the deviations.\n\n"
+    text += "\nWho wins where: the lowest mean, and all that it is not below beyond the deviations.\n\n"
     for budget, ours in (("compute", [ddpm, cheap]), ("steps", [ddpm, ran, adv])):
         for told, race in (("", [*ours, *aware]), (", nobody told the truth", [*ours, *aware[1:]])):
             racing = {}
@@ -1160,7 +1160,7 @@ def question1(results, own):
                     if all(ways[name] != ways[other] for other in once):
                         once.append(name)
                 racing[place] = {name: cells[place][name] for name in once}
-            text += f"- Equal {budget}{told}: {regions(racing)}.\n"
+            text += f"- Equal {budget}{told}:\n{regions(racing)}"
     for number in THREE:
         text += f"\n{number} (closed form):\n\n" + markdown(["training data", *names], [
             [noise_name(*place), *(text_of(own, number, where) for where in ways.values())]

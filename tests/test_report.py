@@ -662,11 +662,11 @@ def test_question_1(tmp_path):
     assert ("At equal steps Robust_adv is nearer to the clean data than DDPM in 1 of 2 (higher in 1), "
             "than noise-aware (truth) in 0 of 2 (higher in 1), than noise-aware (wrong flags) in 1 of 2 "
             "(higher in 1), than noise-aware (all noisy) in 1 of 2 (higher in 1) corruptions.") in text
-    assert ("- Equal compute: **noise-aware (truth)** with σ 0.1 (p 1), σ 0.2 (p 0.9).\n"
-            "- Equal compute, nobody told the truth: **Robust_adv at DDPM's compute** with σ 0.2 (p 0.9); "
-            "**noise-aware (all noisy)** with σ 0.1 (p 1).\n"
-            "- Equal steps: **Robust_adv and noise-aware (truth)** with σ 0.2 (p 0.9); "
-            "**noise-aware (truth)** with σ 0.1 (p 1).\n") in text
+    assert ("- Equal compute:\n  - σ 0.1, p 1; σ 0.2, p 0.9: **noise-aware (truth)**\n"
+            "- Equal compute, nobody told the truth:\n  - σ 0.2, p 0.9: **Robust_adv at DDPM's compute**\n"
+            "  - σ 0.1, p 1: **noise-aware (all noisy)**\n"
+            "- Equal steps:\n  - σ 0.2, p 0.9: **Robust_adv, noise-aware (truth)**\n"
+            "  - σ 0.1, p 1: **noise-aware (truth)**\n") in text
     assert "trained for 500 to 900 steps" in text and "2 seed(s)" in text
 
 
