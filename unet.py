@@ -190,7 +190,8 @@ class UNet(nn.Module):
     out is in_channels, or twice that with `learn_sigma`: eps, then the interpolation v of the log variance.
     `attn` lists the resolutions that get attention (the middle block always does), `mult` the width of each
     level in units of `channels`; every level but the last halves the resolution. `sigma_data`, with the
-    schedule in float64: beyond the paper, see `preconditioning`. Raises UserError where size and mult, or channels and heads, do not fit.
+    schedule in float64: beyond the paper, see `preconditioning`. Raises UserError where size and mult, or
+    channels and heads, do not fit.
     """
 
     def __init__(self, size, channels, res_blocks, mult, attn, heads, dropout=0.0, learn_sigma=False,
